@@ -1,0 +1,1 @@
+"""What a run tells about itself. A leaf: it imports nothing else of this package."""
