@@ -1,0 +1,50 @@
+"""Server-wide options, vLLM's `--co-finetune-config` JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from vllm_flexft.config.base import FilePath, Section
+from vllm_flexft.config.errors import JobError, explain
+
+STATE_DIR_VARIABLE = "VLLM_FLEXFT_STATE_DIR"
+
+
+def _default_state_dir() -> Path:
+    from_environment = os.environ.get(STATE_DIR_VARIABLE)
+    return Path(from_environment or "~/.cache/vllm-flexft").expanduser()
+
+
+class ServerOptions(Section):
+    """Defaults and limits that hold for every job of a server."""
+
+    tpot_ms: float | None = Field(
+        None, gt=0, description="null (no objective), or milliseconds > 0 per output token"
+    )
+    ttft_ms: float | None = Field(
+        None, gt=0, description="null (no objective), or milliseconds > 0 to the first token"
+    )
+    state_dir: FilePath = Field(
+        default_factory=_default_state_dir,
+        description="the folder of the job store and of default outputs",
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="null (what the engine leaves free), or GiB > 0"
+    )
+    max_jobs_at_once: int = Field(1, ge=1, description="an integer >= 1")
+    max_rows_in_flight: int = Field(
+        8, ge=1, description="an integer >= 1, training sequences in the engine at a time"
+    )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any] | None = None) -> ServerOptions:
+        """Options from the JSON of `--co-finetune-config`; raises `JobError`."""
+        try:
+            return cls.model_validate(dict(mapping or {}))
+        except ValidationError as exc:
+            raise JobError(explain(exc, cls, "co-finetune-config")) from None
