@@ -6,15 +6,13 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm_flexft.config import FinetuneJob, JobError
 from vllm_flexft.jobs.states import JobStatus
 
-if TYPE_CHECKING:
-    from vllm_flexft.config import FinetuneJob
 
-
-class NameInUseError(ValueError):
+class NameInUseError(JobError):
     """A job, output folder or served name is already taken by something different."""
 
 
@@ -52,8 +50,6 @@ class JobRecord:
 
     def job(self) -> FinetuneJob:
         """The validated job. Raises ValueError for a refused one."""
-        from vllm_flexft.config import FinetuneJob
-
         if self.config is None:
             raise ValueError(f"job {self.name!r} was refused: {self.error}")
         return FinetuneJob.from_mapping(dict(self.config))

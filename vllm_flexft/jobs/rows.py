@@ -8,8 +8,9 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm_flexft.config import FinetuneJob
 from vllm_flexft.jobs.owner import provably_dead
 from vllm_flexft.jobs.records import (
     JobRecord,
@@ -19,9 +20,6 @@ from vllm_flexft.jobs.records import (
     differing_keys,
 )
 from vllm_flexft.jobs.states import FINISHED, JobStatus, check_transition
-
-if TYPE_CHECKING:
-    from vllm_flexft.config import FinetuneJob
 
 
 def new_id() -> str:

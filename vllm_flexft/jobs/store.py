@@ -11,8 +11,9 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm_flexft.config import FinetuneJob
 from vllm_flexft.jobs.database import Database
 from vllm_flexft.jobs.records import Event, JobRecord, NameInUseError, Version
 from vllm_flexft.jobs.rows import (
@@ -29,9 +30,6 @@ from vllm_flexft.jobs.rows import (
 )
 from vllm_flexft.jobs.states import FINISHED, JobStatus
 from vllm_flexft.obs.jsonsafe import flag_non_finite
-
-if TYPE_CHECKING:
-    from vllm_flexft.config import FinetuneJob
 
 # An engine beats every few seconds; 30 s outlast a slow step or a long compilation. A local
 # owner that died is noticed at once, whatever is left of its lease.
@@ -98,7 +96,7 @@ class JobStore:
             return get_job(conn, job_id)
 
     def get(self, id_or_name: str) -> JobRecord:
-        """Raises KeyError if there is none. A name means the accepted job, else the last refusal."""
+        """Raises KeyError if there is none. A name means its accepted job or last refusal."""
         rows = self._db.read(
             "SELECT * FROM jobs WHERE id = ?1 OR name = ?1"
             " ORDER BY id = ?1 DESC, config IS NOT NULL DESC, seq DESC LIMIT 1",

@@ -1,0 +1,240 @@
+"""vllm_flexft/jobs/store.py within one process; several processes: test_job_store_processes.py"""
+
+import math
+import time
+
+import pytest
+
+from vllm_flexft.config import JobError
+from vllm_flexft.jobs import JobStatus, JobStore, LeaseLostError, NameInUseError, new_owner
+
+ME = new_owner()
+
+
+def test_a_submitted_job_comes_back_equal(store, make_job) -> None:
+    job = make_job()
+    record = store.submit(job, model="base")
+    assert record.job() == job
+    assert (record.status, record.model, record.step) == (JobStatus.QUEUED, "base", 0)
+    assert store.get("gsm8k") == store.get(record.id) == record
+
+
+def test_a_job_outlives_the_process_that_submitted_it(store, make_job, tmp_path) -> None:
+    record = store.submit(make_job(), model="base")
+    store.close()
+    assert JobStore(tmp_path / "state" / "jobs.sqlite").get(record.id) == record
+
+
+class TestSubmitAgain:
+    def test_a_queued_job_is_returned(self, store, make_job) -> None:
+        first = store.submit(make_job(), model="base")
+        assert store.submit(make_job(), model="base") == first
+
+    def test_a_running_job_keeps_running(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        [leased] = store.lease(ME)
+        assert store.submit(make_job(), model="base") == leased
+
+    def test_a_succeeded_job_stays_succeeded(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        store.finish(job.id, JobStatus.SUCCEEDED)
+        assert store.submit(make_job(), model="base").status == JobStatus.SUCCEEDED
+
+    @pytest.mark.parametrize("end", [JobStatus.FAILED, JobStatus.CANCELLED])
+    def test_an_ended_job_is_queued_again_without_its_error(self, store, make_job, end) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        store.request_cancel(job.id)
+        store.finish(job.id, end, "loss is nan")
+        again = store.submit(make_job(), model="base")
+        assert (again.id, again.status, again.error) == (job.id, JobStatus.QUEUED, None)
+        assert not again.cancel_requested
+        assert again.finished_at is None
+
+    def test_a_different_job_is_refused_with_what_differs(self, store, make_job) -> None:
+        store.submit(make_job(training={"learning_rate": 1e-4}), model="base")
+        with pytest.raises(NameInUseError) as e:
+            store.submit(make_job(training={"learning_rate": 3e-4}, peft={"r": 16}), model="base")
+        assert isinstance(e.value, JobError)
+        assert "'gsm8k'" in str(e.value)
+        assert "training.learning_rate: 0.0001 -> 0.0003" in str(e.value)
+        assert "peft.r: 8 -> 16" in str(e.value)
+        assert "another name" in str(e.value)
+
+    def test_another_base_model_is_refused(self, store, make_job) -> None:
+        store.submit(make_job(), model="llama")
+        with pytest.raises(NameInUseError, match="base model: 'llama' -> 'qwen'"):
+            store.submit(make_job(), model="qwen")
+
+
+def test_two_jobs_cannot_share_an_output_folder(store, make_job, tmp_path) -> None:
+    store.submit(make_job("a", output_dir=str(tmp_path / "x")), model="base")
+    with pytest.raises(NameInUseError, match="belongs to job 'a'"):
+        store.submit(make_job("b", output_dir=str(tmp_path / "y" / ".." / "x")), model="base")
+
+
+class TestRefuse:
+    def test_the_message_is_kept(self, store) -> None:
+        store.refuse("gsm8k", "job.yaml", "training.lr: unknown key")
+        record = store.get("gsm8k")
+        assert (record.status, record.error) == (JobStatus.FAILED, "training.lr: unknown key")
+        assert record.refused
+        with pytest.raises(ValueError, match="unknown key"):
+            record.job()
+
+    def test_the_corrected_job_may_take_the_name(self, store, make_job) -> None:
+        store.refuse("gsm8k", "job.yaml", "bad")
+        accepted = store.submit(make_job(), model="base")
+        assert accepted.status == JobStatus.QUEUED
+        assert store.get("gsm8k") == accepted
+
+    def test_refusing_again_replaces_the_record(self, store) -> None:
+        store.refuse("gsm8k", "job.yaml", "bad")
+        store.refuse("gsm8k", "job.yaml", "worse")
+        assert [r.error for r in store.list()] == ["worse"]
+
+    def test_a_refused_job_is_never_leased(self, store) -> None:
+        store.refuse("gsm8k", "job.yaml", "bad")
+        assert store.lease(ME) == []
+
+
+class TestLease:
+    def test_the_oldest_jobs_come_first(self, store, make_job) -> None:
+        for name in "abc":
+            store.submit(make_job(name), model="base")
+        assert [j.name for j in store.lease(ME, limit=2)] == ["a", "b"]
+
+    def test_a_job_is_leased_once(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        assert len(store.lease(ME)) == 1
+        assert store.lease(ME) == store.lease(new_owner()) == []
+
+    def test_jobs_of_another_base_model_are_left_alone(self, store, make_job) -> None:
+        store.submit(make_job("a"), model="llama")
+        store.submit(make_job("b"), model="qwen")
+        assert [j.name for j in store.lease(ME, limit=9, model="qwen")] == ["b"]
+
+    def test_an_expired_lease_goes_to_the_next_engine(self, tmp_path, make_job) -> None:
+        store = JobStore(tmp_path / "jobs.sqlite", lease_s=0.05)
+        store.submit(make_job(), model="base")
+        store.lease(ME)
+        time.sleep(0.1)
+        [taken] = store.lease(other := new_owner())
+        assert (taken.owner, taken.attempts) == (other, 2)
+
+    def test_heartbeats_keep_a_lease(self, tmp_path, make_job) -> None:
+        store = JobStore(tmp_path / "jobs.sqlite", lease_s=0.5)
+        [job_id] = [store.submit(make_job(), model="base").id]
+        store.lease(ME)
+        for _ in range(8):
+            time.sleep(0.1)
+            assert store.heartbeat(ME) == [job_id]
+        assert store.lease(new_owner()) == []
+
+    def test_an_engine_learns_that_its_job_was_taken(self, tmp_path, make_job) -> None:
+        store = JobStore(tmp_path / "jobs.sqlite", lease_s=0.0)
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        store.lease(new_owner())
+        assert store.heartbeat(ME) == []
+        with pytest.raises(LeaseLostError, match="'gsm8k' is running and no longer held"):
+            store.progress(job.id, 5, 10, {}, owner=ME)
+        with pytest.raises(LeaseLostError):
+            store.finish(job.id, JobStatus.SUCCEEDED, owner=ME)
+        with pytest.raises(LeaseLostError):
+            store.release(job.id, ME)
+
+    def test_a_released_job_keeps_its_place_in_the_queue(self, store, make_job) -> None:
+        store.submit(make_job("a"), model="base")
+        store.submit(make_job("b"), model="base")
+        [a] = store.lease(ME)
+        store.release(a.id, ME)
+        assert [j.name for j in store.lease(ME, limit=2)] == ["a", "b"]
+
+
+class TestCancel:
+    def test_a_queued_job_is_cancelled_at_once(self, store, make_job) -> None:
+        job = store.submit(make_job(), model="base")
+        assert store.request_cancel(job.id).status == JobStatus.CANCELLED
+        assert store.lease(ME) == []
+
+    def test_a_running_job_is_told(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        assert not store.cancel_requested(job.id)
+        store.request_cancel(job.id)
+        assert store.cancel_requested(job.id)
+        assert store.get(job.id).status == JobStatus.RUNNING
+
+    def test_a_cancelled_job_is_not_resumed_after_its_engine_is_gone(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        store.request_cancel(job.id)
+        assert store.release(job.id, ME).status == JobStatus.CANCELLED
+
+    def test_a_finished_job_is_left_as_it_is(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        done = store.finish(job.id, JobStatus.SUCCEEDED)
+        assert store.request_cancel(job.id) == done
+
+
+def test_a_finished_job_cannot_finish_again(store, make_job) -> None:
+    store.submit(make_job(), model="base")
+    [job] = store.lease(ME)
+    store.finish(job.id, JobStatus.SUCCEEDED)
+    with pytest.raises(ValueError, match="a succeeded job cannot become failed"):
+        store.finish(job.id, JobStatus.FAILED)
+
+
+def test_progress_keeps_the_latest_metrics_and_flags_nan(store, make_job) -> None:
+    job = store.submit(make_job(), model="base")
+    store.progress(job.id, 1, 10, {"loss": 2.5})
+    store.progress(job.id, 2, 10, {"loss": math.nan, "grad_norm": 1.5})
+    record = store.get(job.id)
+    assert (record.step, record.total_steps) == (2, 10)
+    assert record.metrics == {"loss": None, "grad_norm": 1.5, "non_finite": {"loss": "nan"}}
+
+
+def test_events_are_read_from_where_one_left_off(store, make_job) -> None:
+    job = store.submit(make_job(), model="base")
+    store.add_event(job.id, "info", "one")
+    last = store.events(job.id)[-1]
+    store.add_event(job.id, "warning", "two")
+    [event] = store.events(job.id, after=last.id)
+    assert (event.level, event.message) == ("warning", "two")
+
+
+class TestVersions:
+    def test_they_are_read_from_where_one_left_off(self, store, make_job) -> None:
+        job = store.submit(make_job(), model="base")
+        first = store.add_version(job.id, "gsm8k@step-5", "/a/checkpoint-5", 5, False)
+        final = store.add_version(job.id, "gsm8k", "/a", 9, True)
+        assert store.versions() == [first, final]
+        assert store.versions(after_id=first.id) == [final]
+        assert (final.name, final.path, final.step, final.final) == ("gsm8k", "/a", 9, True)
+
+    def test_announcing_again_is_harmless(self, store, make_job) -> None:
+        job = store.submit(make_job(), model="base")
+        first = store.add_version(job.id, "gsm8k", "/a", 9, True)
+        assert store.add_version(job.id, "gsm8k", "/a", 9, True) == first
+
+    def test_a_served_name_never_changes_its_folder(self, store, make_job) -> None:
+        a, b = (store.submit(make_job(n), model="base") for n in "ab")
+        store.add_version(a.id, "x", "/a", 9, True)
+        with pytest.raises(NameInUseError, match="'x' already means the adapter in /a"):
+            store.add_version(b.id, "x", "/b", 9, True)
+
+    def test_a_pruned_one_is_retired(self, store, make_job) -> None:
+        job = store.submit(make_job(), model="base")
+        store.add_version(job.id, "x@step-1", "/a/checkpoint-1", 1, False)
+        store.add_version(job.id, "x@step-2", "/a/checkpoint-2", 2, False)
+        store.retire_versions(["/a/checkpoint-1"])
+        assert [v.retired for v in store.versions()] == [True, False]
+
+
+@pytest.mark.parametrize("call", ["get", "request_cancel", "cancel_requested"])
+def test_an_unknown_job_is_a_key_error(store, call) -> None:
+    with pytest.raises(KeyError, match="ftjob-none"):
+        getattr(store, call)("ftjob-none")

@@ -1,0 +1,1 @@
+"""Adapters and checkpoints on disk, written so that no reader ever sees half of one."""

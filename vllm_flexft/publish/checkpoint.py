@@ -1,0 +1,270 @@
+"""Checkpoints that survive kill -9 and power cuts at any instruction.
+
+    checkpoint-N/adapter_model.safetensors   fp32 A and B    } together a PEFT adapter,
+    checkpoint-N/adapter_config.json                         } which can be served as it is
+    checkpoint-N/optimizer.safetensors       moments, and RNG state that is a tensor
+    checkpoint-N/trainer_state.json          counters, data cursor, RNG, early stopping
+    checkpoint-N/manifest.json               SHA-256 of each
+
+It is written into a hidden sibling folder, every file and folder is synced, and one rename makes
+it visible: a `checkpoint-N` is complete or is not there. None is ever changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vllm_flexft.config import PeftConfig
+from vllm_flexft.publish import fsops
+from vllm_flexft.publish.adapter_files import WEIGHTS_FILE, write_adapter
+from vllm_flexft.publish.manifest import (
+    CheckpointError,
+    Manifest,
+    read_manifest,
+    verify_files,
+)
+from vllm_flexft.publish.tensor_file import safetensors_chunks
+from vllm_flexft.publish.workfiles import sweep, work_path
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+MANIFEST_FILE = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on as if it had never stopped.
+
+    The learning rate is a function of `step` and needs no state of its own. Everything that is
+    not a tensor must be plain JSON, with finite floats; they come back bit for bit.
+    """
+
+    step: int  # optimizer steps done
+    adapter: Tensors  # fp32 masters by `adapter_key`
+    optimizer: Mapping[str, Tensors]  # e.g. {"exp_avg": {adapter_key: ...}, "exp_avg_sq": ...}
+    counters: Mapping[str, Any] = field(default_factory=dict)  # epoch, num_tokens, ...
+    data_cursor: Mapping[str, Any] = field(default_factory=dict)
+    rng: Mapping[str, Any] | None = None  # values: tensors or JSON
+    early_stopping: Mapping[str, Any] | None = None  # best metric, its step, patience used
+
+    def snapshot(self) -> TrainState:
+        """A copy on CPU that shares no memory with the live masters and moments."""
+
+        def copy(tensors: Tensors) -> dict[str, torch.Tensor]:
+            return {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
+
+        rng = None if self.rng is None else {k: _copied(v) for k, v in self.rng.items()}
+        return replace(
+            self,
+            adapter=copy(self.adapter),
+            optimizer={name: copy(t) for name, t in self.optimizer.items()},
+            counters=_copied(self.counters),
+            data_cursor=_copied(self.data_cursor),
+            early_stopping=_copied(self.early_stopping),
+            rng=rng,
+        )
+
+
+def write_checkpoint(
+    output_dir: Path, state: TrainState, peft: PeftConfig, base_model: str, config_hash: str
+) -> Path:
+    """Write `output_dir/checkpoint-{step}` and return it.
+
+    If it is there already, whole and of the same job, it is kept: it may be being served.
+    Raises CheckpointError (disk full, no permission, a checkpoint of another job in the way).
+    """
+    target = output_dir / f"checkpoint-{state.step}"
+    work = work_path(output_dir, target.name)
+    trash = work_path(output_dir, f"damaged-{target.name}")
+    try:
+        fsops.makedirs(output_dir)
+        sweep(output_dir)
+        if _keep_existing(target, config_hash):
+            return target
+        fsops.mkdir(work)
+        files = dict(write_adapter(work, state.adapter, peft, base_model))
+        files[OPTIMIZER_FILE] = fsops.write_file(
+            work / OPTIMIZER_FILE, safetensors_chunks(_flat_tensors(state))
+        )
+        files[STATE_FILE] = fsops.write_file(work / STATE_FILE, [_encode_state(state)])
+        manifest = Manifest(state.step, config_hash, files)
+        fsops.write_file(work / MANIFEST_FILE, [manifest.encode()])
+        fsops.fsync_dir(work)
+        if target.exists():
+            fsops.rename(target, trash)
+        fsops.rename(work, target)
+        fsops.fsync_dir(output_dir)
+        fsops.rmtree(trash)
+    except OSError as e:
+        _discard(work)
+        raise CheckpointError(f"{target} cannot be written: {e}") from e
+    return target
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, sound or not."""
+    if not output_dir.is_dir():
+        return []
+    steps = [int(m[1]) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [output_dir / f"checkpoint-{step}" for step in sorted(steps, reverse=True)]
+
+
+def latest_checkpoint(output_dir: Path, config_hash: str | None = None) -> Path | None:
+    """The newest checkpoint that verifies; a damaged one is passed over with a warning.
+
+    With `config_hash`, raises CheckpointError if that checkpoint is of another configuration:
+    going on from it would be wrong, and starting afresh would collide with it.
+    """
+    for path in checkpoints(output_dir):
+        try:
+            manifest = _verify(path)
+        except CheckpointError as e:
+            logger.warning("passing over a damaged checkpoint: %s", e)
+            continue
+        if config_hash not in (None, manifest.config_hash):
+            raise _foreign(path)
+        return path
+    return None
+
+
+def read_checkpoint(path: Path) -> TrainState:
+    """Verify and read a checkpoint. Raises CheckpointError naming the file and the problem."""
+    manifest = _verify(path)
+    try:
+        adapter = load_file(path / WEIGHTS_FILE)
+        flat = load_file(path / OPTIMIZER_FILE)
+        state = json.loads((path / STATE_FILE).read_bytes())
+        state["rng"] = _with_rng_tensors(state["rng"], flat)
+        optimizer: dict[str, dict[str, torch.Tensor]] = {n: {} for n in state.pop("optimizer")}
+        for key, tensor in flat.items():
+            kind, _, name = key.partition("/")
+            if kind != "rng":
+                optimizer[kind][name] = tensor
+        return TrainState(step=manifest.step, adapter=adapter, optimizer=optimizer, **state)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e!r}") from e
+
+
+def prune(output_dir: Path, save_total_limit: int | None, keep: Collection[int] = ()) -> list[Path]:
+    """Remove all but the newest `save_total_limit` sound checkpoints; those removed.
+
+    Steps in `keep` stay whatever their age. Damaged checkpoints do not count, so the last sound
+    one is never removed. A checkpoint is renamed away first: none is ever seen half removed.
+    Raises CheckpointError.
+    """
+    if save_total_limit is None:
+        return []
+    assert save_total_limit > 0
+    sound, removed = 0, []
+    for path in checkpoints(output_dir):
+        if sound < save_total_limit:
+            sound += _is_sound(path)
+        elif _step(path) not in keep:
+            trash = work_path(output_dir, f"pruned-{path.name}")
+            try:
+                fsops.rename(path, trash)
+                fsops.fsync_dir(output_dir)
+                fsops.rmtree(trash)
+            except OSError as e:
+                raise CheckpointError(f"{path} cannot be removed: {e}") from e
+            removed.append(path)
+    return removed
+
+
+def _keep_existing(target: Path, config_hash: str) -> bool:
+    if not target.exists():
+        return False
+    try:
+        manifest = _verify(target)
+    except CheckpointError as e:
+        logger.warning("writing a damaged checkpoint anew: %s", e)
+        return False
+    if manifest.config_hash != config_hash:
+        raise _foreign(target)
+    return True
+
+
+def _verify(path: Path) -> Manifest:
+    manifest = read_manifest(path / MANIFEST_FILE)
+    if manifest.step != _step(path):
+        raise CheckpointError(f"{path / MANIFEST_FILE} is of step {manifest.step}")
+    verify_files(path, manifest)
+    return manifest
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        _verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not named checkpoint-N")
+    return int(match[1])
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was written by a job of another configuration; choose another output_dir, or "
+        "move that folder away"
+    )
+
+
+def _discard(path: Path) -> None:
+    try:
+        fsops.rmtree(path)
+    except OSError as e:
+        logger.warning("%s is left to the next sweep: %s", path, e)
+
+
+def _flat_tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    """Moments as "exp_avg/<adapter_key>", tensors of the RNG state as "rng/<name>"."""
+    flat = {f"{k}/{n}": t for k, group in state.optimizer.items() for n, t in group.items()}
+    rng = state.rng or {}
+    return flat | {f"rng/{n}": t for n, t in rng.items() if isinstance(t, torch.Tensor)}
+
+
+def _encode_state(state: TrainState) -> bytes:
+    rng = state.rng
+    if rng is not None:
+        rng = {k: v for k, v in rng.items() if not isinstance(v, torch.Tensor)}
+    assert not {"rng"} & set(state.optimizer), "the name belongs to the RNG state"
+    body = {
+        "optimizer": sorted(state.optimizer),
+        "counters": state.counters,
+        "data_cursor": state.data_cursor,
+        "rng": rng,
+        "early_stopping": state.early_stopping,
+    }
+    return json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _with_rng_tensors(rng: dict[str, Any] | None, flat: Tensors) -> dict[str, Any] | None:
+    if rng is None:
+        return None
+    return rng | {k.removeprefix("rng/"): t for k, t in flat.items() if k.startswith("rng/")}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return json.loads(json.dumps(value, allow_nan=False))
