@@ -1,0 +1,1 @@
+"""Patches of vLLM, one file a patched symbol; the ledger is `patches/README.md`."""

@@ -1,0 +1,153 @@
+"""Every unsupported option is refused at start, by name, before an engine exists."""
+
+import re
+from argparse import Namespace
+
+import pytest
+from transformers import LlamaConfig, Qwen2MoeConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_flexft import plugin, support
+
+plugin.register()
+
+
+def save_config(folder, cls=LlamaConfig, architecture="LlamaForCausalLM", **changes):
+    cls(
+        architectures=[architecture],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=128,
+        max_position_embeddings=128,
+        **changes,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_config(tmp_path_factory.mktemp("llama"))
+
+
+def start(model, **kwargs):
+    return EngineArgs(
+        model=model, additional_config={"co_finetune": []}, **kwargs
+    ).create_engine_config()
+
+
+def refusal(model, **kwargs):
+    with pytest.raises(ValueError) as error:
+        start(model, **kwargs)
+    return str(error.value)
+
+
+REFUSED_ARGUMENTS = [
+    ("--pipeline-parallel-size", {"pipeline_parallel_size": 2}),
+    ("--tensor-parallel-size", {"tensor_parallel_size": 2}),
+    ("--data-parallel-size", {"data_parallel_size": 2}),
+    ("--data-parallel-size", {"data_parallel_external_lb": True}),
+    ("--prefill-context-parallel-size", {"prefill_context_parallel_size": 2}),
+    ("--decode-context-parallel-size", {"decode_context_parallel_size": 2}),
+    ("--nnodes", {"nnodes": 2}),
+    ("--distributed-executor-backend", {"distributed_executor_backend": "ray"}),
+    ("--speculative-config", {"speculative_config": {"method": "ngram"}}),
+    ("--speculative-config", {"spec_method": "ngram"}),
+    ("--kv-transfer-config", {"kv_transfer_config": {"kv_connector": "NixlConnector"}}),
+    ("--kv-offloading-size", {"kv_offloading_size": 1.0}),
+    ("--ec-transfer-config", {"ec_transfer_config": {"ec_connector": "x"}}),
+    ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+    ("--no-enable-chunked-prefill", {"enable_chunked_prefill": False}),
+    ("--enable-dbo", {"enable_dbo": True}),
+    ("--enable-sleep-mode", {"enable_sleep_mode": True}),
+    ("--cpu-offload-gb", {"cpu_offload_gb": 1.0}),
+    ("--offload-group-size", {"offload_group_size": 2}),
+    ("--weight-transfer-config", {"weight_transfer_config": {"backend": "nccl"}}),
+    ("--quantization", {"quantization": "fp8"}),
+    ("--kv-cache-dtype-skip-layers", {"kv_cache_dtype_skip_layers": ["0"]}),
+    ("--fully-sharded-loras", {"fully_sharded_loras": True}),
+    ("--skip-tokenizer-init", {"skip_tokenizer_init": True}),
+    ("--skip-tokenizer-init", {"tokens_only": True}),
+    ("--runner pooling", {"runner": "pooling"}),
+    ("--runner pooling", {"convert": "embed"}),
+    ("--model-impl", {"model_impl": "transformers"}),
+    ("--scheduler-cls", {"scheduler_cls": "mine.Scheduler"}),
+    ("--worker-cls", {"worker_cls": "mine.Worker"}),
+]
+
+
+@pytest.mark.parametrize(("option", "kwargs"), REFUSED_ARGUMENTS)
+def test_argument_is_refused_by_name_with_what_to_do(model, option, kwargs):
+    message = refusal(model, **kwargs)
+    assert re.fullmatch(
+        f"--co-finetune does not work with {re.escape(option)}: .*", message, flags=re.DOTALL
+    )
+
+
+def test_every_refused_argument_has_a_test():
+    assert {option for option, _ in REFUSED_ARGUMENTS} == {o.option for o in support._ENGINE_ARGS}
+
+
+@pytest.mark.parametrize("name", ["VLLM_USE_RUST_FRONTEND", "VLLM_LORA_ENABLE_DUAL_STREAM"])
+def test_environment_variable_is_refused_by_name(model, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert name in refusal(model)
+
+
+def test_headless_engine_is_refused(model):
+    with pytest.raises(ValueError, match="--headless"):
+        EngineArgs(model=model, additional_config={"co_finetune": []}).create_engine_config(
+            headless=True
+        )
+
+
+def test_grpc_front_end_is_refused():
+    with pytest.raises(ValueError, match="--grpc"):
+        support.check_front_end(Namespace(grpc=True))
+
+
+def test_other_vllm_version_is_refused(model, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    assert "vLLM 0.33.0" in refusal(model)
+
+
+@pytest.mark.parametrize("device", ["rocm", "xpu"])
+def test_other_platform_is_refused(model, monkeypatch, device):
+    monkeypatch.setattr(current_platform, "device_type", device, raising=False)
+    monkeypatch.setattr(current_platform, "device_name", device, raising=False)
+    assert f"platform {device}: use one of: cpu, cuda" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("named", "kwargs"),
+    [
+        ("--dtype float16", {"dtype": "float16"}),
+        ("--kv-cache-dtype fp8", {"kv_cache_dtype": "fp8"}),
+        ("--lora-dtype float16", {"lora_dtype": "float16"}),
+    ],
+)
+def test_type_is_refused_by_name(model, named, kwargs):
+    assert f"does not work with {named}" in refusal(model, **kwargs)
+
+
+def test_mixture_of_experts_is_refused_with_the_supported_architectures(tmp_path):
+    model = save_config(
+        tmp_path, Qwen2MoeConfig, "Qwen2MoeForCausalLM", num_experts=4, num_experts_per_tok=2
+    )
+    assert refusal(model) == (
+        "--co-finetune does not work with architecture Qwen2MoeForCausalLM: supported are "
+        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+    )
+
+
+def test_other_dense_architecture_is_refused(tmp_path):
+    model = save_config(tmp_path, architecture="AquilaForCausalLM")
+    assert "architecture AquilaForCausalLM" in refusal(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_supported_model_starts(model, dtype):
+    assert start(model, dtype=dtype).lora_config is not None

@@ -1,0 +1,1 @@
+"""HTTP side of co-serving: runs in the API server process."""

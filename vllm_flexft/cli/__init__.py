@@ -1,0 +1,1 @@
+"""The `flexft` command."""

@@ -1,0 +1,37 @@
+"""The `flexft` command: one sub-command a module function."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; every sub-command sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="flexft", description="Finetune LoRA adapters inside a serving vLLM."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="check that vLLM finds the plugin")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if something is wrong."""
+    from vllm_flexft.doctor import check
+
+    findings = check()
+    for finding in findings:
+        print(f"{'ok' if finding.ok else 'FAIL':4}  {finding.name}: {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
