@@ -44,6 +44,8 @@ def _line(
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         return _unknown_key(path, keys[-1], value, section, root)
+    if kind == "invalid_key":
+        return f"{path}: keys are strings, got {shown(value)}"
     if kind == "missing":
         return f"{path}: missing, expected {field.description if field else 'a value'}"
     if kind == "value_error":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_flexft.config.base import Section
 
@@ -93,10 +93,15 @@ class TrainingConfig(Section):
             )
         return data
 
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("expected -1 (train by epochs), or an integer > 0")
+        return value
+
     @model_validator(mode="after")
     def _check_together(self) -> TrainingConfig:
-        if self.max_steps == 0:
-            raise ValueError("max_steps: got 0, expected -1 (train by epochs), or an integer > 0")
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError(
                 f"warmup_ratio: got {self.warmup_ratio}, and warmup_steps is {self.warmup_steps}; "
