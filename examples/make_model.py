@@ -3,7 +3,7 @@
     python examples/make_model.py OUT [--arch llama|qwen2|qwen3|mistral] [--size tiny|demo|100m]
     python examples/make_model.py OUT --size demo --dataset rows.jsonl
 
-`tiny` (0.6 M parameters) is for tests, `demo` (8 M) is pre-trained for a minute on generated
+`tiny` (0.8 M parameters) is for tests, `demo` (7 M) is pre-trained for a minute on generated
 text, `100m` (more than 100 M, random weights) is for benchmarks. The folder loads in transformers
 and in vLLM. A second call with the same arguments finds the folder finished and returns at once.
 """
@@ -147,7 +147,7 @@ def pretrain(
         optimizer, lambda step: min(step / (0.1 * steps) + 0.1, 1.1 * (1 - step / steps))
     )
     start = time.monotonic()
-    batches = training_rows(tokenizer, seed + 1, batch=24, length=64)
+    batches = training_rows(tokenizer, seed + 1, batch=8, length=64)
     model.train()
     for step, tokens in enumerate(itertools.islice(batches, steps), start=1):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -186,7 +186,7 @@ def make_model(
 
     `config` overrides fields of the transformers configuration, such as `num_key_value_heads`,
     `tie_word_embeddings`, `num_hidden_layers` or `sliding_window`. `pretrain_steps` defaults to
-    200 for `demo` and to 0 for the other sizes.
+    300 for `demo` and to 0 for the other sizes.
 
     Raises ValueError for an unknown `arch`, `size` or `dtype`, and where `out` holds other files.
     """
@@ -194,7 +194,7 @@ def make_model(
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
     if pretrain_steps is None:
-        pretrain_steps = 200 if size == "demo" else 0
+        pretrain_steps = 300 if size == "demo" else 0
     values: dict[str, Any] = {**SIZES[size], "tie_word_embeddings": size == "demo", **config}
     out = Path(out)
     record = out / "make_model.json"
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=ARCHS, default="llama")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--pretrain-steps", type=int, metavar="N", help="200 for demo, else 0")
+    parser.add_argument("--pretrain-steps", type=int, metavar="N", help="300 for demo, else 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", metavar="FILE", help="also write a finetuning dataset")
     parser.add_argument("--dataset-format", choices=["prompt_completion", "messages"],
