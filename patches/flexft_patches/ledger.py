@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_MODULES = ("cli_args", "from_cli_args", "engine_config", "punica_cpu", "cpu_weights")
+_MODULES = (
+    "cli_args",
+    "from_cli_args",
+    "engine_config",
+    "engine_loop",
+    "punica_cpu",
+    "cpu_weights",
+)
 _MARK = "__flexft_patch__"
 
 

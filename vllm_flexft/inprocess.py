@@ -1,0 +1,55 @@
+"""Finetuning with `vllm.LLM` in one's own process: drive the engine until the jobs are done.
+
+A served engine runs its own loop; an `LLM` whose engine core lives in this process
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`) makes steps only while `generate` is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_flexft.jobs.records import JobRecord
+from vllm_flexft.jobs.states import FINISHED
+from vllm_flexft.jobs.store import JobStore
+from vllm_flexft.wiring import CoServeConfig, job_store_path
+
+POLL_S = 0.02
+
+
+def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]:
+    """Return the records of this model's jobs once all have ended.
+
+    Args:
+        llm: a `vllm.LLM` that was created with `additional_config={"co_finetune": ...}`.
+        timeout: seconds; None waits for ever.
+
+    Raises:
+        ValueError: the engine does not co-serve.
+        TimeoutError: a job is still queued or running at the timeout.
+    """
+    vllm_config = llm.llm_engine.vllm_config
+    config = CoServeConfig.from_vllm_config(vllm_config)
+    if config is None:
+        raise ValueError('this engine does not co-serve: pass additional_config={"co_finetune": …}')
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None: it has its own process
+    store = JobStore(job_store_path(config.options))
+    deadline = None if timeout is None else time.monotonic() + timeout
+    names = {entry.job.name for entry in config.jobs if entry.job is not None}
+    next_look = 0.0
+    while True:
+        worked = core is not None and core.scheduler.has_requests()
+        if worked:
+            core.step_fn()
+        now = time.monotonic()
+        if now >= next_look or not worked:
+            next_look = now + POLL_S
+            records = [r for r in store.list() if r.model == vllm_config.model_config.model]
+            known = {r.name for r in records} | {r.name for r in store.list() if r.refused}
+            if all(r.status in FINISHED for r in records) and names <= known:
+                return records
+        if deadline is not None and now > deadline:
+            raise TimeoutError(f"jobs did not end within {timeout:.0f} s")
+        if not worked:
+            time.sleep(POLL_S)

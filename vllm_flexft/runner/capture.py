@@ -1,0 +1,91 @@
+"""Forward hooks that copy finetune rows of the batch into the activation store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_flexft.train.activations import ActivationStore
+from vllm_flexft.train.model import ServedModel
+
+logger = logging.getLogger("vllm.flexft")
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedRows:
+    """Rows [start, stop) of the batch go to the lane from row `to` on."""
+
+    start: int
+    stop: int
+    lane: int
+    to: int
+
+
+class Capture:
+    """Hooks on the layers that the backward reads; they do nothing while `rows` is empty.
+
+    A failure inside a hook is kept in `error` and never reaches the forward pass, which inference
+    requests share.
+    """
+
+    def __init__(self, model: ServedModel, store: ActivationStore) -> None:
+        self.rows: list[CapturedRows] = []
+        self.error: Exception | None = None
+        self._store = store
+        self._handles: list[Any] = []
+        for layer in model.layers:
+            self._after(layer.input_norm.module, layer.index, "residual_in", _residual)
+            self._after(layer.qkv_proj.module, layer.index, "qkv", _output)
+            self._before(layer.o_proj.module, layer.index, "attention")
+            self._after(layer.post_norm.module, layer.index, "residual_mid", _residual)
+            self._after(layer.gate_up_proj.module, layer.index, "gate_up", _output)
+        self._after(model.final_norm.module, len(model.layers), "residual_in", _residual)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _after(
+        self, module: nn.Module, layer: int, name: str, pick: Callable[[tuple, Any], Tensor]
+    ) -> None:
+        if self._store.holds(layer, name):
+            self._handles.append(
+                module.register_forward_hook(
+                    lambda _, args, output: (
+                        self._copy(layer, name, pick(args, output)) if self.rows else None
+                    )
+                )
+            )
+
+    def _before(self, module: nn.Module, layer: int, name: str) -> None:
+        if self._store.holds(layer, name):
+            self._handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args: self._copy(layer, name, args[0]) if self.rows else None
+                )
+            )
+
+    def _copy(self, layer: int, name: str, source: Tensor) -> None:
+        try:
+            for rows in self.rows:
+                target = self._store.lanes[rows.lane][layer, name]
+                width = target.shape[1]
+                target[rows.to : rows.to + rows.stop - rows.start] = source[
+                    rows.start : rows.stop, :width
+                ]
+        except Exception as error:
+            self.error = self.error or error
+
+
+def _output(_args: tuple, output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _residual(args: tuple, output: Any) -> Tensor:
+    """The residual stream at a norm: vLLM's fused add-norm returns it beside the normed value."""
+    return output[1] if isinstance(output, tuple) else args[0]

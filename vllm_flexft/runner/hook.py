@@ -1,0 +1,161 @@
+"""The model-runner hook: finetune rows in, captured activations and training results out.
+
+A mixin over vLLM's model runner. Steps without a plan go straight through.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, OpenJob, StepPlan, StepResult
+from vllm_flexft.runner.capture import Capture, CapturedRows
+from vllm_flexft.runner.slots import close_slot, open_slot
+from vllm_flexft.runner.view import served_model
+from vllm_flexft.train.model import ServedModel
+from vllm_flexft.train.trainer import Trainer
+from vllm_flexft.wiring import CoServeConfig
+
+FREE_MEMORY_SHARE = 0.25
+
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _RunnerBase
+else:
+    _RunnerBase = object
+
+
+class CoServeRunnerMixin(_RunnerBase):
+    """Adds finetuning to a vLLM model runner (V1: `GPUModelRunner`, `CPUModelRunner`)."""
+
+    _plan: StepPlan | None
+    _result: StepResult | None
+    _trainer: Trainer | None
+    _capture: Capture | None
+    _view: ServedModel | None
+
+    def start_co_serving(self, config: CoServeConfig) -> None:
+        self._co_serve = config
+        self._plan = self._result = self._trainer = self._capture = self._view = None
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        plan: StepPlan | None = getattr(scheduler_output, PLAN_ATTRIBUTE, None)
+        if plan is None:
+            return super().execute_model(scheduler_output, intermediate_tensors)
+        self._plan = plan
+        self._result = self._prepare(plan)
+        output = super().execute_model(scheduler_output, intermediate_tensors)
+        if output is None:  # sampling comes next; the slices run after it
+            return None
+        return self._finish(output)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        return output if self._plan is None else self._finish(output)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self._capture
+        if self._plan is None or capture is None or not self._plan.chunks:
+            return super()._model_forward(*args, **kwargs)
+        capture.rows = self._finetune_rows(self._plan)
+        try:
+            return super()._model_forward(*args, **kwargs)
+        finally:
+            capture.rows = []
+
+    def _finetune_rows(self, plan: StepPlan) -> list[CapturedRows]:
+        """Where each chunk lies in the batch; rows are ordered by the runner, not by us."""
+        index_of = self.input_batch.req_id_to_index
+        starts = self.query_start_loc.np
+        rows = []
+        for chunk in plan.chunks:
+            at = index_of[chunk.req_id]
+            start, stop = int(starts[at]), int(starts[at + 1])
+            assert stop - start == chunk.num_tokens, (start, stop, chunk)
+            rows.append(CapturedRows(start, stop, chunk.lane, chunk.row))
+        return rows
+
+    def _prepare(self, plan: StepPlan) -> StepResult | None:
+        """Before the forward: open the job, begin micro-batches. A failure becomes a result."""
+        try:
+            if plan.open_job is not None:
+                self._open(plan.open_job)
+            if self._trainer is not None:
+                self._trainer.begin(plan.begin)
+        except Exception as error:
+            self._close()
+            return StepResult(plan.job_id, error=f"{error}")
+        return None
+
+    def _finish(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
+        """After the forward and sampling: train, and answer on the runner's output."""
+        plan, result = self._plan, self._result
+        assert plan is not None
+        self._plan = self._result = None
+        if result is None and self._trainer is not None:
+            if self._capture is not None and self._capture.error is not None:
+                self._trainer.error = f"capture failed: {self._capture.error}"
+            result = self._trainer.step(plan)
+        if plan.close_job:
+            self._close()
+        if result is not None:
+            if output is EMPTY_MODEL_RUNNER_OUTPUT:  # a shared constant
+                output = copy.copy(output)
+            setattr(output, RESULT_ATTRIBUTE, result)
+        return output
+
+    def _open(self, setup: OpenJob) -> None:
+        assert self._trainer is None, "one job at a time"
+        if self._view is None:
+            groups = self.kv_cache_config.kv_cache_groups
+            kv_group_of = {
+                name: index for index, group in enumerate(groups) for name in group.layer_names
+            }
+            self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
+        view, manager = self._view, self.lora_manager
+        self._lora_int_id = setup.lora_int_id
+        lora_dtype = manager.lora_config.lora_dtype
+        self._trainer = Trainer(
+            setup,
+            view,
+            lambda targets: open_slot(
+                manager, setup.lora_int_id, setup.job.peft.r, targets, lora_dtype
+            ),
+            memory_bytes=self._memory_bytes(view.device),
+        )
+        self._capture = Capture(view, self._trainer.store)
+
+    def _memory_bytes(self, device: torch.device) -> float:
+        """For activations: the server option, else a quarter of what the device has free."""
+        if self._co_serve.options.memory_gib is not None:
+            return self._co_serve.options.memory_gib * 2**30
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return FREE_MEMORY_SHARE * free
+
+    def _close(self) -> None:
+        if self._capture is not None:
+            self._capture.remove()
+        if self._trainer is not None:
+            self._trainer.close()
+            close_slot(self.lora_manager, self._lora_int_id)
+        self._capture = self._trainer = None
+
+
+def add_finetuning(runner: Any, config: CoServeConfig) -> None:
+    """Turn a constructed vLLM model runner into a co-serving one, in place.
+
+    The worker picks the runner's class itself (V1 or V2, CPU or GPU), so the mixin is put in front
+    of whatever class it chose.
+    """
+    base = type(runner)
+    runner.__class__ = type(f"CoServe{base.__name__}", (CoServeRunnerMixin, base), {})
+    runner.start_co_serving(config)

@@ -1,0 +1,151 @@
+"""Turns step results into what a job reports: losses, evaluations, checkpoints, failure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from vllm_flexft.plan import StepResult, Written
+from vllm_flexft.sched.prepared import Counters
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step that the worker applied."""
+
+    step: int  # 1-based, as in metrics.jsonl and checkpoint names
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_input_tokens: int
+    step_input_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRecord:
+    written: Written
+
+
+@dataclass(frozen=True, slots=True)
+class EndRecord:
+    """The job is over: with an error, cancelled, or (neither) with its adapter published."""
+
+    error: str | None = None
+    cancelled: bool = False
+
+
+Record = StepRecord | EvalRecord | WrittenRecord | EndRecord
+
+
+@dataclass(slots=True)
+class _PlannedStep:
+    epoch: float
+    learning_rate: float
+    num_tokens: int
+    num_input_tokens: int
+    step_input_tokens: int
+    targets: int
+    loss_sum: float = 0.0
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    step: int
+    targets: int
+    pending: set[int]
+    loss_sum: float = 0.0
+    num_correct: int = 0
+
+
+class RunProgress:
+    """Matches results to what was planned, by micro-batch id and optimizer step."""
+
+    def __init__(self, counters: Counters, patience: int | None) -> None:
+        self._counters, self._patience = counters, patience
+        self._steps: dict[int, _PlannedStep] = {}
+        self._step_of: dict[int, int] = {}  # training micro-batch -> optimizer step
+        self._evaluation: _Evaluation | None = None
+        self._last_update = time.monotonic()
+        self.out_of_patience = False
+
+    @property
+    def evaluating(self) -> bool:
+        """Results of an evaluation are still awaited: early stopping depends on them."""
+        return self._evaluation is not None
+
+    def step_planned(
+        self, step: int, epoch: float, learning_rate: float, targets: int, input_tokens: int
+    ) -> None:
+        self._steps[step] = _PlannedStep(
+            epoch=epoch,
+            learning_rate=learning_rate,
+            num_tokens=self._counters.num_tokens,
+            num_input_tokens=self._counters.num_input_tokens,
+            step_input_tokens=input_tokens,
+            targets=targets,
+        )
+
+    def batch_planned(self, batch_id: int, step: int) -> None:
+        self._step_of[batch_id] = step
+
+    def evaluation_planned(self, step: int, targets: int) -> None:
+        self._evaluation = _Evaluation(step, targets, set())
+
+    def eval_batch_planned(self, batch_id: int) -> None:
+        assert self._evaluation is not None
+        self._evaluation.pending.add(batch_id)
+
+    def on_result(self, result: StepResult, all_evaluation_planned: bool) -> list[Record]:
+        records: list[Record] = []
+        for loss in result.losses:
+            if loss.micro_batch in self._step_of:
+                step = self._step_of.pop(loss.micro_batch)
+                self._steps[step].loss_sum += loss.loss_sum
+            elif self._evaluation is not None:
+                self._evaluation.pending.discard(loss.micro_batch)
+                self._evaluation.loss_sum += loss.loss_sum
+                self._evaluation.num_correct += loss.num_correct
+        if result.updated_step is not None:
+            records.append(self._step_record(result.updated_step, result.grad_norm or 0.0))
+        if (evaluation := self._evaluation) and all_evaluation_planned and not evaluation.pending:
+            records.append(self._eval_record(evaluation))
+            self._evaluation = None
+        records.extend(WrittenRecord(written) for written in result.written)
+        return records
+
+    def _step_record(self, step: int, grad_norm: float) -> StepRecord:
+        planned, now = self._steps.pop(step), time.monotonic()
+        seconds, self._last_update = now - self._last_update, now
+        self._counters.train_seconds += seconds
+        return StepRecord(
+            step=step + 1,
+            epoch=planned.epoch,
+            loss=planned.loss_sum / planned.targets,
+            learning_rate=planned.learning_rate,
+            grad_norm=grad_norm,
+            num_tokens=planned.num_tokens,
+            num_input_tokens=planned.num_input_tokens,
+            step_input_tokens=planned.step_input_tokens,
+            seconds=seconds,
+        )
+
+    def _eval_record(self, evaluation: _Evaluation) -> EvalRecord:
+        loss = evaluation.loss_sum / evaluation.targets
+        best = self._counters.best_eval_loss
+        if best is None or loss < best:
+            self._counters.best_eval_loss, self._counters.evals_without_gain = loss, 0
+        else:
+            self._counters.evals_without_gain += 1
+        if self._patience is not None:
+            self.out_of_patience = self._counters.evals_without_gain >= self._patience
+        return EvalRecord(evaluation.step, loss, evaluation.num_correct / evaluation.targets)

@@ -1,0 +1,269 @@
+"""vLLM's scheduler with finetuning in what it leaves over.
+
+Each step vLLM schedules inference as if alone; then finetune work is appended to its output. See
+design notes in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+
+from flexft_patches import engine_loop
+from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan
+from vllm_flexft.sched.costs import UnitCosts
+from vllm_flexft.sched.feed import EngineLimits, JobFeed
+from vllm_flexft.sched.planner import Planner, StepLoad
+from vllm_flexft.sched.progress import EndRecord, WrittenRecord
+from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
+from vllm_flexft.sched.sequence_kv import KVLender
+from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model
+
+logger = logging.getLogger("vllm.flexft")
+
+WINDOW = 256  # tokens of a backward window: large enough for efficient GEMMs
+MIN_LANE_TOKENS = 2048
+NUM_LANES = 2  # the next micro-batch's forward may overlap the last slices of this one
+RESERVED_BLOCKS_SHARE = 0.05  # of the KV cache, never lent to finetuning
+
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _SchedulerBase
+else:
+    _SchedulerBase = object
+
+
+class CoServeMixin(_SchedulerBase):
+    """Adds finetuning to a vLLM scheduler class; inference scheduling is vLLM's, untouched."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        engine_loop.install()
+        super().__init__(*args, **kwargs)
+        config = CoServeConfig.from_vllm_config(self.vllm_config)
+        assert config is not None, "co-serving scheduler without co-serving configuration"
+        self._co_serve = config
+        # Requests may use the user's LoRA slots; the training slots are private.
+        self.lora_config = copy.copy(self.vllm_config.lora_config)
+        self.lora_config.max_loras = config.serving_max_loras
+        self._costs = UnitCosts.from_hf_config(self.vllm_config.model_config.hf_text_config)
+        num_blocks = self.cache_config.num_gpu_blocks
+        self._lender = KVLender(self.kv_cache_manager, int(num_blocks * RESERVED_BLOCKS_SHARE))
+        self._give_way_to_inference()
+        self._run: FinetuneRun | None = None
+        self._closing: StepPlan | None = None
+        self._jobs_opened = 0
+        self._chunks_in_flight: list[str] = []
+        self._planner = self._make_planner(None)
+        self._started_at: dict[int, tuple[float, StepLoad, float]] = {}
+        self._engine_running: Callable[[], bool] = lambda: True
+        limits = EngineLimits(
+            max_model_len=self.max_model_len,
+            kv_tokens=(num_blocks - 1) * self.block_size,
+            max_lora_rank=self.lora_config.max_lora_rank,
+            num_layers=self._costs.num_layers,
+        )
+        self._feed = JobFeed(config, self.vllm_config.model_config, limits)
+        self._feed.start()
+
+    def bind_engine(self, wake: Callable[[], None], is_running: Callable[[], bool]) -> None:
+        """From the engine's process: how to wake its loop, and whether it is shutting down."""
+        self._feed.wake = wake
+        self._engine_running = is_running
+
+    # ---- vLLM's interface
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.finished_req_ids.update(self._chunks_in_flight)
+        self._chunks_in_flight = []
+        output: SchedulerOutput = super().schedule(*args, **kwargs)
+        load = StepLoad(
+            num_tokens=output.total_num_scheduled_tokens,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+        )
+        units = 0.0
+        if self._may_finetune():
+            units = self._append_finetuning(output, load)
+        self._started_at[id(output)] = (time.monotonic(), load, units)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        started, load, units = self._started_at.pop(id(scheduler_output))
+        self._planner.observe(load, units, time.monotonic() - started)
+        result = getattr(model_runner_output, RESULT_ATTRIBUTE, None)
+        run = self._run
+        if result is not None and run is not None and result.job_id == run.prepared.job_id:
+            self._take_result(result)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def has_requests(self) -> bool:
+        if super().has_requests():
+            return True
+        return self._may_finetune() and (
+            self._run is not None or self._closing is not None or self._feed.has_ready()
+        )
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self._release_all()
+        return super().reset_prefix_cache(*args, **kwargs)
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        super().set_pause_state(pause_state)
+        if pause_state != PauseState.UNPAUSED:
+            self._release_all()
+
+    def shutdown(self) -> None:
+        self._feed.stop()
+        super().shutdown()
+
+    # ---- finetuning
+
+    def _may_finetune(self) -> bool:
+        return self._pause_state == PauseState.UNPAUSED and self._engine_running()
+
+    def _append_finetuning(self, output: SchedulerOutput, load: StepLoad) -> float:
+        """Add finetune work to a scheduled step; returns its units. Never raises: an error in
+        planning fails the job, not the engine."""
+        if self._closing is not None:
+            setattr(output, PLAN_ATTRIBUTE, self._closing)
+            self._closing = None
+            return 0.0
+        run = self._run = self._run or self._next_run()
+        if run is None:
+            return 0.0
+        if self._feed.is_cancelled(run.prepared.job_id):
+            self._end(EndRecord(cancelled=True))
+            return 0.0
+        room = Room(
+            units=self._planner.budget(load),
+            tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
+            rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
+            idle=load.num_tokens == 0 and load.num_waiting == 0,
+        )
+        try:
+            planned = run.plan(room, self._lender)
+        except Exception as error:
+            logger.exception("planning of job %s failed", run.job.name)
+            self._end(EndRecord(error=f"{type(error).__name__}: {error}"))
+            return 0.0
+        if planned is None:
+            return 0.0
+        plan, work = planned
+        self._append_chunks(output, run, work)
+        setattr(output, PLAN_ATTRIBUTE, plan)
+        return room.spent
+
+    def _append_chunks(self, output: SchedulerOutput, run: FinetuneRun, work: PlannedWork) -> None:
+        """Each chunk is a request of its own that lives for one step: a part of a longer prompt
+        whose earlier keys and values are in its blocks already."""
+        lora = LoRARequest(
+            lora_name=f"flexft-training-{run.lora_id}",
+            lora_int_id=run.lora_id,
+            lora_path="(in training)",
+        )
+        for chunk, (prompt, computed, block_ids) in zip(work.chunks, work.prompts, strict=True):
+            output.scheduled_new_reqs.append(
+                NewRequestData(
+                    req_id=chunk.req_id,
+                    prompt_token_ids=prompt,
+                    mm_features=[],
+                    sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
+                    pooling_params=None,
+                    block_ids=block_ids,
+                    num_computed_tokens=computed,
+                    lora_request=lora,
+                    prefill_token_ids=prompt if self.use_v2_model_runner else None,
+                )
+            )
+            output.num_scheduled_tokens[chunk.req_id] = chunk.num_tokens
+            output.total_num_scheduled_tokens += chunk.num_tokens
+            self._chunks_in_flight.append(chunk.req_id)
+        if (fresh := self._get_new_block_ids_to_zero()) is not None:
+            output.new_block_ids_to_zero = [*(output.new_block_ids_to_zero or ()), *fresh]
+
+    def _next_run(self) -> FinetuneRun | None:
+        prepared = self._feed.take()
+        if prepared is None:
+            return None
+        self._jobs_opened += 1
+        self._planner = self._make_planner(prepared.job.slo)
+        longest = max(prepared.train.report.max_length, 1)
+        return FinetuneRun(
+            prepared,
+            Limits(
+                window=WINDOW,
+                lane_tokens=max(MIN_LANE_TOKENS, longest),
+                num_lanes=NUM_LANES,
+                max_rows=self._co_serve.options.max_rows_in_flight,
+                lowest_layer=prepared.lowest_layer,
+            ),
+            self._costs,
+            base_model(self.vllm_config),
+            # a new number for each opening: vLLM must never take one adapter for another
+            TRAINING_LORA_ID_BASE + self._jobs_opened,
+        )
+
+    def _take_result(self, result: Any) -> None:
+        assert self._run is not None
+        if result.error is not None:
+            self._end(EndRecord(error=result.error))
+            return
+        for record in self._run.on_result(result):
+            self._feed.report(self._run.prepared, record)
+            if isinstance(record, WrittenRecord) and record.written.final:
+                self._end(EndRecord())
+
+    def _end(self, record: EndRecord) -> None:
+        """The job is over: blocks back, the worker closes it with the next plan."""
+        run = self._run
+        assert run is not None
+        self._release_all()
+        self._run = None
+        self._closing = StepPlan(job_id=run.prepared.job_id, close_job=True)
+        self._feed.report(run.prepared, record)
+
+    def _make_planner(self, slo: Any) -> Planner:
+        options = self._co_serve.options
+        return Planner.for_objectives(
+            (slo and slo.tpot_ms) or options.tpot_ms, (slo and slo.ttft_ms) or options.ttft_ms
+        )
+
+    def _release_all(self) -> None:
+        while self._run is not None and self._run.release_blocks(self._lender):
+            pass
+
+    def _give_way_to_inference(self) -> None:
+        """When vLLM finds no blocks for a request, finetuning gives up its own first."""
+        allocate = self.kv_cache_manager.allocate_slots
+
+        def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(request, *args, **kwargs)
+            if request.request_id in self.requests:
+                while blocks is None and self._run is not None:
+                    if not self._run.release_blocks(self._lender):
+                        break
+                    blocks = allocate(request, *args, **kwargs)
+            return blocks
+
+        self.kv_cache_manager.allocate_slots = allocate_slots
+
+
+class CoServeScheduler(CoServeMixin, Scheduler):
+    pass
+
+
+class CoServeAsyncScheduler(CoServeMixin, AsyncScheduler):
+    pass

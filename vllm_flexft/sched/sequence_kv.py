@@ -1,0 +1,79 @@
+"""KV-cache blocks of training sequences, taken from and given back to vLLM's manager.
+
+A training sequence owns blocks under a vLLM `Request` that the scheduler never sees. Its blocks
+are not prefix-cached: its keys depend on adapter weights that change with every update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.request import Request
+
+
+class SequenceKV:
+    """The blocks of one sequence while its micro-batch is in flight."""
+
+    def __init__(self, kv_id: str, token_ids: list[int]) -> None:
+        self.request = Request(
+            request_id=kv_id,
+            prompt_token_ids=token_ids,
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
+            pooling_params=None,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.request.num_computed_tokens
+
+
+class KVLender:
+    """Lends blocks of vLLM's manager to training, and takes them back at once when asked."""
+
+    def __init__(self, manager: KVCacheManager, reserved_blocks: int) -> None:
+        self._manager = manager
+        self._reserved_blocks = reserved_blocks
+        self._held: set[str] = set()
+        self._keep_whole_sequences()
+
+    def extend(self, sequence: SequenceKV, num_tokens: int) -> bool:
+        """Blocks for the next `num_tokens`; False when inference may need them."""
+        request = sequence.request
+        blocks = self._manager.allocate_slots(
+            request,
+            num_tokens,
+            delay_cache_blocks=True,  # never enter the prefix cache
+            reserved_blocks=self._reserved_blocks,
+        )
+        if blocks is None:
+            return False
+        self._held.add(request.request_id)
+        request.num_computed_tokens += num_tokens
+        return True
+
+    def block_ids(self, sequence: SequenceKV) -> tuple[list[int], ...]:
+        """Per KV-cache group."""
+        return self._manager.get_block_ids(sequence.request.request_id)
+
+    def free(self, sequence: SequenceKV) -> None:
+        if sequence.request.request_id in self._held:
+            self._held.discard(sequence.request.request_id)
+            self._manager.free(sequence.request)
+        sequence.request.num_computed_tokens = 0
+
+    def _keep_whole_sequences(self) -> None:
+        """Sliding-window layers drop blocks behind the window; the backward still reads them."""
+        coordinator: Any = self._manager.coordinator
+        original = coordinator.remove_skipped_blocks
+
+        def remove_skipped_blocks(request_id: str, *args: Any, **kwargs: Any) -> None:
+            if not request_id.startswith(KV_ID_PREFIX):
+                original(request_id, *args, **kwargs)
+
+        coordinator.remove_skipped_blocks = remove_skipped_blocks
+
+
+KV_ID_PREFIX = "flexft-kv-"

@@ -1,0 +1,167 @@
+"""Deferred backward of one micro-batch, slice by slice along the fixed grid.
+
+State that lives between slices: the gradient of the residual stream for all tokens, and, for the
+layer in work, its keys and values (read once from the paged cache) with their fp32 gradients.
+Legend: T micro-batch tokens, W window, N supervised rows, D hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from flexft_kernels.linear_cross_entropy import linear_cross_entropy
+from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
+from vllm_flexft.graph.grid import BackwardGrid, Slice
+from vllm_flexft.plan import MicroBatch
+from vllm_flexft.train.activations import ActivationStore
+from vllm_flexft.train.layer import LayerBackward, LayerInputs
+from vllm_flexft.train.model import AttentionGeometry, ServedModel
+
+
+class MicroBatchBackward:
+    def __init__(
+        self,
+        batch: MicroBatch,
+        grid: BackwardGrid,
+        model: ServedModel,
+        layers: dict[int, LayerBackward],
+        store: ActivationStore,
+    ) -> None:
+        self.batch, self.grid, self.model = batch, grid, model
+        self._layers, self._store = layers, store
+        device = model.device
+        offsets = batch.offsets
+        lengths = [b - a for a, b in itertools.pairwise(offsets)]
+        self._positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        # The prediction made at row t is a loss term when the next token is supervised; the first
+        # token of a sequence never is, so no row predicts across a border.
+        supervised = torch.from_numpy(batch.supervised)
+        rows = supervised[1:].nonzero().squeeze(1)
+        self._loss_rows_N = rows.to(device)
+        targets = torch.from_numpy(batch.token_ids)[rows + 1].to(torch.int64)
+        self._targets_N = targets.to(device)
+        self._loss_rows_host = rows
+        self._block_ids: list[Tensor] = []  # per KV group: the blocks of all sequences in a row
+        self._blocks_per_sequence: list[list[int]] = []
+        self._slots: dict[int, Tensor] = {}  # KV group -> row of each token in those blocks
+        self._lengths = lengths
+        self._next_slice = 0
+        self._d_residual_TD = (
+            torch.zeros(batch.num_tokens, model.hidden_size, dtype=model.dtype, device=device)
+            if batch.train
+            else torch.empty(0)
+        )
+        self._kv: tuple[Tensor, Tensor] | None = None
+        self._kv_grads: tuple[Tensor, Tensor] | None = None
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def done(self) -> bool:
+        return self._next_slice == self.grid.num_slices
+
+    def locate_kv(self, block_ids: tuple[tuple[list[int], ...], ...]) -> None:
+        """Where the keys and values lie: sequences x KV groups x block ids."""
+        groups = zip(*block_ids, strict=True)
+        self._block_ids = [
+            torch.tensor([b for blocks in group for b in blocks], device=self.model.device)
+            for group in groups
+        ]
+        self._blocks_per_sequence = [
+            [len(blocks) for blocks in group] for group in zip(*block_ids, strict=True)
+        ]
+        self._slots, self._kv = {}, None
+
+    def run(self, count: int) -> None:
+        for index in range(self._next_slice, self._next_slice + count):
+            self._run_slice(self.grid.slice(index))
+        self._next_slice += count
+
+    def _run_slice(self, part: Slice) -> None:
+        if part.stage == len(self.model.layers):
+            self._loss(part)
+            return
+        layer = self._layers[part.stage]
+        if part.first_of_stage or self._kv is None:
+            self._load_kv(layer.layer.attention, fresh=part.first_of_stage)
+        assert self._kv is not None
+        assert self._kv_grads is not None
+        (k, v), (dk, dv) = self._kv, self._kv_grads
+        names = self._store.stored
+        captured = {
+            name: self._store.rows(self.batch.lane, part.stage, name, part.start, part.stop)
+            for name in names
+        }
+        inputs = LayerInputs(
+            captured=captured,
+            positions=self._positions_T[part.start : part.stop],
+            segments=self._segments(part),
+            start=part.start,
+            k_TKE=k,
+            v_TKE=v,
+            dk_TKE=dk,
+            dv_TKE=dv,
+        )
+        dx_WD = layer.window(self._d_residual_TD[part.start : part.stop], inputs)
+        if dx_WD is not None:
+            self._d_residual_TD[part.start : part.stop] = dx_WD
+
+    def _loss(self, part: Slice) -> None:
+        """Loss terms of a window and the gradient they send into the residual stream."""
+        top, batch = len(self.model.layers), self.batch
+        first, last = torch.searchsorted(
+            self._loss_rows_host, torch.tensor([part.start, part.stop])
+        ).tolist()
+        if first == last:
+            return
+        rows_N, targets_N = self._loss_rows_N[first:last], self._targets_N[first:last]
+        norm = self.model.final_norm
+        x_ND = self._store.lanes[batch.lane][top, "residual_in"][rows_N]
+        loss, correct, dh_ND = linear_cross_entropy(
+            rms_norm(x_ND, norm.weight, norm.eps),
+            self.model.lm_head,
+            targets_N,
+            batch.loss_scale,
+            vocab_size=self.model.vocab_size,
+            need_grad=batch.train,
+        )
+        self.loss_sum += loss
+        self.num_correct += correct
+        if batch.train:
+            self._d_residual_TD[rows_N] = rms_norm_backward(dh_ND, x_ND, norm.weight, norm.eps).to(
+                self.model.dtype
+            )
+
+    def _load_kv(self, geometry: AttentionGeometry, fresh: bool) -> None:
+        """Read the layer's K and V back; the gradients start at zero with the stage."""
+        k, v = geometry.read_kv(self._block_ids[geometry.kv_group])
+        slots = self._token_slots(geometry)
+        k, v = k.index_select(0, slots), v.index_select(0, slots)
+        if fresh or self._kv_grads is None:
+            shape = (self.batch.num_tokens, geometry.num_kv_heads, geometry.head_dim)
+            dk = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
+            self._kv_grads = (dk, torch.zeros_like(dk))
+        self._kv = (k, v)
+
+    def _token_slots(self, geometry: AttentionGeometry) -> Tensor:
+        """Row of every token in the concatenated blocks of its KV group, (T,)."""
+        if geometry.kv_group not in self._slots:
+            slots, base = [], 0
+            counts = self._blocks_per_sequence[geometry.kv_group]
+            for length, blocks in zip(self._lengths, counts, strict=True):
+                slots.append(torch.arange(base, base + length))
+                base += blocks * geometry.block_size
+            self._slots[geometry.kv_group] = torch.cat(slots).to(self.model.device)
+        return self._slots[geometry.kv_group]
+
+    def _segments(self, part: Slice) -> list[tuple[int, int, int, int]]:
+        """Sequences that meet the window: (first row, end row, first key, first query position)."""
+        segments = []
+        for start, stop in zip(self.batch.offsets, self.batch.offsets[1:], strict=False):
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                segments.append((first - part.start, last - part.start, start, first - start))
+        return segments

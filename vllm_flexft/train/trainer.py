@@ -1,0 +1,180 @@
+"""The training loop, as the worker runs it: one call a step, doing what the plan says.
+
+    begin micro-batches -> (vLLM's forward fills their lanes) -> backward slices
+    -> optimizer update -> snapshot for the writer
+
+Start reading here. `docs/architecture.md` follows one sequence through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from vllm_flexft.graph.grid import BackwardGrid
+from vllm_flexft.plan import (
+    MicroBatch,
+    MicroBatchLoss,
+    OpenJob,
+    SaveRequest,
+    StepPlan,
+    StepResult,
+    Written,
+)
+from vllm_flexft.publish.adapter_files import read_adapter
+from vllm_flexft.publish.checkpoint import TrainState, read_checkpoint
+from vllm_flexft.publish.writer import CheckpointWriter, WriteRequest
+from vllm_flexft.train.activations import ActivationStore, choose_stored
+from vllm_flexft.train.adapter import Target, TrainableAdapter, targets_of
+from vllm_flexft.train.backward import MicroBatchBackward
+from vllm_flexft.train.layer import LayerBackward
+from vllm_flexft.train.model import LoraSlot, ServedModel
+from vllm_flexft.train.optimizer import AdapterOptimizer
+
+
+class Trainer:
+    """One job in training on this rank.
+
+    After an error the trainer does nothing but report it, so that plans which were already under
+    way cannot touch the adapter.
+    """
+
+    def __init__(
+        self,
+        setup: OpenJob,
+        model: ServedModel,
+        make_slots: Callable[[list[Target]], list[LoraSlot]],
+        memory_bytes: float,
+    ) -> None:
+        self.setup, self.model = setup, model
+        peft = setup.job.peft
+        targets = targets_of(model, peft)
+        self.adapter = TrainableAdapter(targets, make_slots(targets), peft, model.device)
+        self.optimizer = AdapterOptimizer(self.adapter, setup.job.training)
+        self._restore()
+        self.adapter.push()
+        lowest = self.adapter.lowest_layer
+        lane_budget = memory_bytes / setup.num_lanes
+        stored = choose_stored(model, lowest, setup.lane_tokens, lane_budget)
+        self.store = ActivationStore(model, lowest, stored, setup.lane_tokens, setup.num_lanes)
+        self._layers = {
+            layer.index: LayerBackward(layer, self.adapter) for layer in model.layers[lowest:]
+        }
+        self._micro_batches: dict[int, MicroBatchBackward] = {}
+        self._writer = CheckpointWriter()
+        self.error: str | None = None
+
+    def _restore(self) -> None:
+        """Checkpoint, else the adapter to start from, else a fresh initialisation."""
+        job = self.setup.job
+        if self.setup.resume_from is not None:
+            state = read_checkpoint(Path(self.setup.resume_from))
+            self.adapter.load(state.adapter)
+            self.optimizer.load(state.optimizer, state.step)
+        elif job.peft.init_adapter is not None:
+            self.adapter.load(read_adapter(Path(job.peft.init_adapter))[0])
+        else:
+            self.adapter.initialise(job.training.seed)
+
+    def begin(self, batches: tuple[MicroBatch, ...]) -> None:
+        """Before the forward: the micro-batches whose chunks are about to ride along."""
+        for batch in batches:
+            grid = BackwardGrid(
+                num_tokens=batch.num_tokens,
+                window=self.setup.window,
+                num_layers=len(self.model.layers),
+                lowest_layer=self.adapter.lowest_layer if batch.train else len(self.model.layers),
+            )
+            self._micro_batches[batch.id] = MicroBatchBackward(
+                batch, grid, self.model, self._layers, self.store
+            )
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """After the forward: backward slices, update, snapshot. Never raises: see `error`."""
+        if self.error is not None:
+            return StepResult(plan.job_id, error=self.error)
+        try:
+            losses = self._backward(plan)
+            norm = None
+            if plan.optimizer_step is not None:
+                norm = self.optimizer.update(plan.optimizer_step.learning_rate)
+            if plan.save is not None:
+                self._save(plan.save)
+            return StepResult(
+                plan.job_id,
+                opened=plan.open_job is not None,
+                losses=losses,
+                updated_step=plan.optimizer_step.step if plan.optimizer_step else None,
+                grad_norm=norm,
+                written=self._written(plan.wait_for_writer),
+            )
+        except FloatingPointError as error:
+            self.error = f"training diverged: {error}; lower training.learning_rate"
+        except Exception as error:  # the engine must outlive any finetuning failure
+            self.error = f"{type(error).__name__}: {error}"
+        return StepResult(plan.job_id, error=self.error)
+
+    def close(self) -> None:
+        self._writer.close(timeout=30.0)
+
+    def _backward(self, plan: StepPlan) -> tuple[MicroBatchLoss, ...]:
+        losses = []
+        for work in plan.backward:
+            micro_batch = self._micro_batches[work.micro_batch]
+            if work.block_ids is not None:
+                micro_batch.locate_kv(work.block_ids)
+            micro_batch.run(work.count)
+            if micro_batch.done:
+                del self._micro_batches[work.micro_batch]
+                loss = float(micro_batch.loss_sum)
+                if not abs(loss) < float("inf"):
+                    raise FloatingPointError(f"loss is {loss}")
+                losses.append(MicroBatchLoss(work.micro_batch, loss, int(micro_batch.num_correct)))
+        return tuple(losses)
+
+    def _save(self, request: SaveRequest) -> None:
+        """Copy the state; the writer thread puts it on disk while training goes on."""
+        state = TrainState(
+            step=request.step,
+            adapter=self.adapter.state(),
+            optimizer=self.optimizer.state(),
+            counters=request.counters,
+            rng=None,
+        )
+        job = self.setup.job
+        kinds: list[Literal["checkpoint", "final"]] = ["checkpoint"]
+        if request.final:
+            kinds.append("final")
+        for kind in kinds:
+            self._writer.submit(
+                WriteRequest(
+                    kind=kind,
+                    output_dir=Path(self.setup.output_dir),
+                    state=state,
+                    peft=job.peft,
+                    base_model=self.setup.base_model,
+                    config_hash=self.setup.config_hash,
+                    save_total_limit=job.training.save_total_limit,
+                )
+            )
+
+    def _written(self, wait: bool) -> tuple[Written, ...]:
+        """What the writer finished since the last step; a final adapter that cannot be written
+        is an error of the job, a checkpoint only a warning."""
+        if wait:
+            self._writer.drain(timeout=0.005)
+        written = []
+        for result in self._writer.poll():
+            if result.error is not None and result.kind == "final":
+                raise OSError(f"the final adapter could not be written: {result.error}")
+            written.append(
+                Written(
+                    step=result.step,
+                    path=str(result.path) if result.path is not None else None,
+                    final=result.kind == "final",
+                    pruned=tuple(str(path) for path in result.pruned),
+                    warning=str(result.error) if result.error is not None else None,
+                )
+            )
+        return tuple(written)
