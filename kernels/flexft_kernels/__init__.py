@@ -1,0 +1,6 @@
+"""The backward ops of vllm-flexft, one file an op, as plain functions without autograd.
+
+Shape legend: `T` tokens, `W` tokens of a window, `S` keys of a sequence, `N` loss terms, `D` hidden
+size, `H` query heads, `K` key-value heads, `G` = H / K, `E` head dim, `F` MLP width, `I`, `O` input
+and output width of a linear, `R` LoRA rank, `V` vocabulary.
+"""
