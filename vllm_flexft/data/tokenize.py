@@ -9,11 +9,14 @@ Legend: S tokens of a sequence.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
 
 from vllm_flexft.data.chat import ChatRenderer, Span
 from vllm_flexft.data.files import DataError
@@ -40,7 +43,8 @@ class ExampleTokenizer:
                 f"{type(tokenizer).__name__} gives no offset mapping, which the loss mask needs; "
                 "serve the model with its fast tokenizer (--tokenizer-mode hf)"
             )
-        self._tokenizer = tokenizer
+        self._backend = _with_exact_offsets(tokenizer.backend_tokenizer)
+        self._eos: int | None = tokenizer.eos_token_id
         self._completion_only_loss = completion_only_loss
         self._chat = ChatRenderer(tokenizer) if tokenizer.chat_template else None
 
@@ -69,11 +73,9 @@ class ExampleTokenizer:
                 continue
             # A chat template writes BOS itself.
             encoded = self._encode([texts[i] for i in rows], not chat, [where[i] for i in rows])
-            for i, ids, offsets in zip(
-                rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            ):
-                token_ids = np.asarray(ids, dtype=np.int32)
-                mask = supervised_tokens(np.asarray(offsets).reshape(-1, 2), spans[i])
+            for i, encoding in zip(rows, encoded, strict=True):
+                token_ids = np.asarray(encoding.ids, dtype=np.int32)
+                mask = supervised_tokens(np.asarray(encoding.offsets).reshape(-1, 2), spans[i])
                 out[i] = (token_ids, mask) if chat else self._with_eos(token_ids, mask)
                 if not self._completion_only_loss or isinstance(examples[i], TextExample):
                     out[i][1][:] = True
@@ -91,40 +93,61 @@ class ExampleTokenizer:
             return text, [(len(example.prompt), len(text))]
         return example.text, []
 
-    def _encode(self, texts: list[str], add_special_tokens: bool, where: list[str]) -> Any:
+    def _encode(
+        self, texts: list[str], add_special_tokens: bool, where: list[str]
+    ) -> list[Encoding]:
         for text, at in zip(texts, where, strict=True):
             try:
                 text.encode()
             except UnicodeEncodeError as exc:
                 # json.loads lets a lone "\ud800" pass, which the tokenizer cannot take.
                 raise DataError(f"{at}: not Unicode text: {exc.reason}") from None
-        return self._tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-            padding=False,
-            verbose=False,  # no warning for sequences past the model's length: they are cut later
-        )
+        return self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     def _with_eos(self, token_ids: TokenIds, mask: Mask) -> tuple[TokenIds, Mask]:
-        eos = self._tokenizer.eos_token_id
-        if eos is None:
+        if self._eos is None:
             return token_ids, mask
-        if token_ids.size == 0 or token_ids[-1] != eos:
-            token_ids, mask = np.append(token_ids, np.int32(eos)), np.append(mask, True)
+        if token_ids.size == 0 or token_ids[-1] != self._eos:
+            token_ids, mask = np.append(token_ids, np.int32(self._eos)), np.append(mask, True)
         mask[-1] = True
         return token_ids, mask
+
+
+def _with_exact_offsets(backend: Tokenizer) -> Tokenizer:
+    """A copy that neither truncates nor pads, and counts a token's blanks to the token.
+
+    Byte-level post-processors trim blanks off the offsets (`trim_offsets`), so that " " covers
+    nothing and a border before a blank could not be told. The copy also keeps the caller's
+    tokenizer, whose truncation is a mutable setting, out of this thread.
+    """
+    backend = copy.deepcopy(backend)
+    backend.no_truncation()
+    backend.no_padding()
+    processor = backend.post_processor
+    if processor is not None:
+        state = json.loads(processor.__getstate__())
+        processor.__setstate__(json.dumps(_without_trimming(state)).encode())
+        backend.post_processor = processor
+    return backend
+
+
+def _without_trimming(state: Any) -> Any:
+    if isinstance(state, list):
+        return [_without_trimming(item) for item in state]
+    if isinstance(state, dict):
+        return {
+            key: False if key == "trim_offsets" else _without_trimming(value)
+            for key, value in state.items()
+        }
+    return state
 
 
 def supervised_tokens(offsets: npt.NDArray[np.int_], spans: Sequence[Span]) -> Mask:
     """Which tokens cover a character of one of the spans.
 
-    Offsets are not exact tilings of the text: byte-level tokenizers leave the blank of " word" out
-    of the token that holds it, and give the bytes of one character the same offsets. So a token is
-    taken to begin no later than where all before it ended. Tokens that the tokenizer adds have
-    the empty range (0, 0) and are never supervised here.
+    Offsets need not tile the text: the bytes of one character share its offsets, and normalisers
+    drop characters. So a token is taken to begin no later than where all before it ended. Tokens
+    that the tokenizer adds have the empty range (0, 0) and are never supervised here.
 
     Args:
         offsets: (S, 2), first and last+1 character of every token.
