@@ -47,6 +47,14 @@ install_listed() {
     install --prefer-binary --requirement "$venv/requirements.txt"
 }
 
+for other in cpu cuda; do
+    # The CPU shim meets the requirement vllm==0.32.0, so pip would keep it in place of vLLM for CUDA.
+    if [ "$other" != "$flavour" ] && [ -e "$venv/.setup-$other" ]; then
+        echo "error: $venv is set up for $other; run 'make clean' first" >&2
+        exit 1
+    fi
+done
+
 step "virtual environment in $venv"
 make_venv
 install --upgrade pip
@@ -59,7 +67,12 @@ if [ "$flavour" = cpu ]; then
     # Only torch is looked up on PyTorch's index, which may be out of reach where pip is configured
     # to find the wheel elsewhere.
     install --no-deps --retries 1 --timeout 15 \
-        --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+        --extra-index-url https://download.pytorch.org/whl/cpu "$torch" || {
+        echo "error: no wheel of $torch for $("$venv/bin/python" --version). It is published on" \
+            "https://download.pytorch.org/whl/cpu; pip may be given a copy (--find-links) or" \
+            "another interpreter be tried (PYTHON=python3.11 or python3.12)." >&2
+        exit 1
+    }
     step "dependencies (about 120 packages, 400 MB)"
     install_listed cpu
     install --no-deps --no-build-isolation packaging/vllm-cpu-shim
