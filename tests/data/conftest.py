@@ -64,3 +64,30 @@ def base_tokenizer() -> PreTrainedTokenizerFast:
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """With ChatML."""
     return train_tokenizer(chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama 2's kind: blanks as "▁", one put in front, bytes for unknown characters."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split(";", behavior="isolated"),
+        ]
+    )
+    backend.train_from_iterator(
+        [*CORPUS, ";"],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -96,6 +96,25 @@ def test_blank_at_the_completions_begin_is_a_target(
     assert base_tokenizer.decode(ids[mask]) == "   345</s>"
 
 
+def test_callers_tokenizer_is_left_as_it_was(base_tokenizer: Any) -> None:
+    before = base_tokenizer.backend_tokenizer.to_str()
+    tokenise(base_tokenizer, TextExample("the dog"))
+    assert base_tokenizer.backend_tokenizer.to_str() == before
+
+
+@given(prompt=texts, completion=texts)
+@settings(derandomize=True, deadline=None)
+def test_border_is_exact_for_sentencepiece_like_tokenizers(
+    metaspace_tokenizer: Any, prompt: str, completion: str
+) -> None:
+    ids, mask = tokenise(metaspace_tokenizer, PromptCompletionExample(prompt + ";", completion))
+    tokens = metaspace_tokenizer.convert_ids_to_tokens(ids.tolist())
+    # No merge goes over ";", so the prompt's own tokens end where the completion begins.
+    border = 1 + len(metaspace_tokenizer.tokenize(prompt + ";"))
+    assert tokens[border - 1].endswith(";")
+    assert mask.tolist() == [False] * border + [True] * (len(ids) - border)
+
+
 def test_prompt_is_a_target_without_completion_only_loss(base_tokenizer: Any) -> None:
     _, mask = tokenise(base_tokenizer, PromptCompletionExample("the", "dog"), completion_only=False)
     assert mask.tolist() == [False] + [True] * (len(mask) - 1)

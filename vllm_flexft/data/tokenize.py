@@ -145,9 +145,8 @@ def _without_trimming(state: Any) -> Any:
 def supervised_tokens(offsets: npt.NDArray[np.int_], spans: Sequence[Span]) -> Mask:
     """Which tokens cover a character of one of the spans.
 
-    Offsets need not tile the text: the bytes of one character share its offsets, and normalisers
-    drop characters. So a token is taken to begin no later than where all before it ended. Tokens
-    that the tokenizer adds have the empty range (0, 0) and are never supervised here.
+    The bytes of one character share its offsets, so all of them are. Tokens that the tokenizer adds
+    have the empty range (0, 0) and are never supervised here.
 
     Args:
         offsets: (S, 2), first and last+1 character of every token.
@@ -157,11 +156,7 @@ def supervised_tokens(offsets: npt.NDArray[np.int_], spans: Sequence[Span]) -> M
         (S,) bool.
     """
     mask = np.zeros(len(offsets), dtype=np.bool_)
-    if len(offsets) == 0:
-        return mask
     start, end = offsets[:, 0], offsets[:, 1]
-    ended = np.maximum.accumulate(np.concatenate(([0], end[:-1])))
-    start = np.minimum(start, ended)
     for first, last in spans:
         mask |= (start < last) & (end > first)
     return mask
