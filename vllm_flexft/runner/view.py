@@ -43,7 +43,8 @@ def served_model(
     head_weight = getattr(lm_head, "flexft_weight", None)
     if head_weight is None:
         head_weight = lm_head.weight
-    assert head_weight.ndim == 2 and head_weight.numel() > 0, "LM head weight was packed away"
+    assert head_weight.ndim == 2, head_weight.shape
+    assert head_weight.numel() > 0, "LM head weight was packed away"
     config = vllm_config.model_config
     return ServedModel(
         family=family,
@@ -107,6 +108,7 @@ def _linear(name: str, module: Any, splits: tuple[int, ...] | None = None) -> Fr
         name=name,
         apply=apply,
         input_grad=input_grad_of(base, apply),
+        dtype=base.params_dtype,
         in_features=module.input_size,
         splits=splits or (base.output_size,),
         module=module,

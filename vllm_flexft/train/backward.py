@@ -50,7 +50,7 @@ class MicroBatchBackward:
         self._lengths = lengths
         self._next_slice = 0
         self._d_residual_TD = (
-            torch.zeros(batch.num_tokens, model.hidden_size, dtype=model.dtype, device=device)
+            torch.zeros(batch.num_tokens, model.hidden_size, dtype=torch.float32, device=device)
             if batch.train
             else torch.empty(0)
         )
@@ -131,9 +131,9 @@ class MicroBatchBackward:
         self.loss_sum += loss
         self.num_correct += correct
         if batch.train:
-            self._d_residual_TD[rows_N] = rms_norm_backward(dh_ND, x_ND, norm.weight, norm.eps).to(
-                self.model.dtype
-            )
+            dx_ND = torch.empty(dh_ND.shape, dtype=torch.float32, device=dh_ND.device)
+            rms_norm_backward(dh_ND, x_ND, norm.weight, norm.eps, out=dx_ND)
+            self._d_residual_TD[rows_N] = dx_ND
 
     def _load_kv(self, geometry: AttentionGeometry, fresh: bool) -> None:
         """Read the layer's K and V back; the gradients start at zero with the stage."""

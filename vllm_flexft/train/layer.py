@@ -19,7 +19,7 @@ from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
 from flexft_kernels.rope import apply_rope, rope_backward
 from flexft_kernels.silu_mul import silu_mul, silu_mul_backward
 from vllm_flexft.train.adapter import LoraLinear, TrainableAdapter
-from vllm_flexft.train.model import DecoderLayer, FrozenLinear
+from vllm_flexft.train.model import DecoderLayer, FrozenLinear, RMSNorm
 
 ATTENTION_INPUTS = ("qkv_proj",)
 MLP_LINEARS = ("gate_up_proj", "down_proj")
@@ -53,7 +53,8 @@ class LayerBackward:
         self.needs_attention = self.needs_qkv or "o_proj" in self.adapters
 
     def window(self, dy_WD: Tensor, inputs: LayerInputs) -> Tensor | None:
-        """dY of the layer's output -> dX of its input, (W, D); None when no layer below reads it.
+        """dY of the layer's output -> dX of its input, (W, D) fp32; None when no layer below
+        reads it. The residual stream's gradient stays in fp32: every layer adds to it.
 
         Adds to the adapters' gradients and to `inputs.dk_TKE`, `inputs.dv_TKE`.
         """
@@ -87,8 +88,7 @@ class LayerBackward:
         dh_WD = self._linear(layer.gate_up_proj, dgate_up_W2F, h_WD, needs_dx)
         if dh_WD is None:
             return None
-        norm = layer.post_norm
-        return rms_norm_backward(dh_WD, x_WD, norm.weight, norm.eps).add_(dy_WD)
+        return _through_norm(layer.post_norm, dh_WD, x_WD, dy_WD)
 
     def _attention(self, dout_WHE: Tensor, d_mid_WD: Tensor, inputs: LayerInputs) -> Tensor | None:
         layer, geometry = self.layer, self.layer.attention
@@ -121,7 +121,7 @@ class LayerBackward:
             dv_TKE=inputs.dv_TKE,
         )
         rows = slice(inputs.start, inputs.start + window)
-        dtype = x_WD.dtype
+        dtype = layer.qkv_proj.dtype
         dq_WHE = rope_backward(dq_WHE, cos_sin_WE)
         dk_WKE = rope_backward(inputs.dk_TKE[rows], cos_sin_WE)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -140,13 +140,13 @@ class LayerBackward:
         dh_WD = self._linear(layer.qkv_proj, dqkv, h_WD, self.below)
         if dh_WD is None:
             return None
-        norm = layer.input_norm
-        return rms_norm_backward(dh_WD, x_WD, norm.weight, norm.eps).add_(d_mid_WD)
+        return _through_norm(layer.input_norm, dh_WD, x_WD, d_mid_WD)
 
     def _linear(
         self, linear: FrozenLinear, dy: Tensor, x: Tensor | None, needs_dx: bool
     ) -> Tensor | None:
         """Backward of a base linear and the adapters on it; dX only when it is read."""
+        dy = dy.to(linear.dtype)
         dx = linear.input_grad(dy) if needs_dx else None
         for lora in self._parts(linear):
             assert x is not None
@@ -172,3 +172,9 @@ class LayerBackward:
 
     def _parts(self, linear: FrozenLinear) -> list[LoraLinear]:
         return self.adapters.get(linear.name.rsplit(".", 1)[-1], [])
+
+
+def _through_norm(norm: RMSNorm, dh_WD: Tensor, x_WD: Tensor, skip_WD: Tensor) -> Tensor:
+    """Gradient at a norm's input: through the norm, and past it along the residual, in fp32."""
+    dx_WD = torch.empty_like(skip_WD)
+    return rms_norm_backward(dh_WD, x_WD, norm.weight, norm.eps, out=dx_WD).add_(skip_WD)

@@ -22,6 +22,7 @@ class FrozenLinear:
     name: str  # e.g. "model.layers.0.self_attn.qkv_proj"
     apply: Callable[[Tensor], Tensor]  # (T, I) -> (T, O), as inference computes it
     input_grad: Callable[[Tensor], Tensor]  # (T, O) -> (T, I): dY W
+    dtype: torch.dtype
     in_features: int
     splits: tuple[int, ...]  # output width of each packed part
     module: nn.Module  # vLLM's LoRA wrapper, where the capture hooks sit

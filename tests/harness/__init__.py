@@ -1,0 +1,1 @@
+"""Shared by tests: real engines and independent references."""
