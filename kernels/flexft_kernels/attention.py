@@ -43,7 +43,8 @@ def attention_backward(
     S >= q_start + W and H a multiple of K; any strides, any float dtype. dk_SKE, dv_SKE: (S, K, E)
     fp32, added to in place, and only where some query of the window attends. `out_WHE`, the
     attention's output, is what tiled versions of this op take rowsum(P dP) from; it is not read
-    here. All arithmetic is in fp32. Returns dq (W, H, E) in q's dtype.
+    here. All arithmetic is in fp32: bf16 GEMMs for the last three products were measured to save a
+    tenth of the time and to cost four digits. Returns dq (W, H, E) in q's dtype.
     """
     window, num_heads = q_WHE.shape[:2]
     num_kv_heads = k_SKE.shape[1]

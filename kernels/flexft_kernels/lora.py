@@ -32,10 +32,10 @@ def lora_backward(
     assert da_RI.dtype == db_OR.dtype == torch.float32
     # Upcasting once costs less than the GEMMs and serves two of them each.
     dy, x = dy_TO.float(), x_TI.float()
-    a, b = a_RI.float(), b_OR.float()
-    t_RT = torch.mm(b.t(), dy.t())
+    a_fp32, b_RO = a_RI.float(), b_OR.t().float().contiguous()
+    t_RT = torch.mm(b_RO, dy.t())
     da_RI.addmm_(t_RT, x, alpha=scaling)
-    xa_RT = torch.mm(a, x.t()) if xa_TR is None else xa_TR.float().t()
+    xa_RT = torch.mm(a_fp32, x.t()) if xa_TR is None else xa_TR.float().t()
     db_OR.t().add_(torch.mm(xa_RT, dy), alpha=scaling)
     if dx_TI is not None:
         t_TR = t_RT.t().to(dx_TI.dtype)

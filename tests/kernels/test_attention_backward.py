@@ -88,7 +88,15 @@ SHAPES += [(257, 3, 3, 5)]  # (tokens, H, K, E): MHA, MQA, GQA
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_window_is_autograd(shape, sliding_window, dtype):
     case = sequence(*shape, sliding_window, dtype)
-    assert error(case, in_windows(case, [0, shape[0]])) <= TOLERANCE[dtype]
+    dq, dk, dv = in_windows(case, [0, shape[0]])
+    assert dq.dtype == dtype
+    assert error(case, (dq, dk, dv)) <= TOLERANCE[dtype]
+
+
+def test_sums_of_half_precision_windows_are_fp32(dtype):
+    case = sequence(71, 6, 2, 16, None, dtype)
+    _, dk, dv = in_windows(case, [0, 20, 47, 71])
+    assert error(case, (case.grads[0], dk, dv)) <= TOLERANCE[torch.float32]
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
