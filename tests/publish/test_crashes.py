@@ -1,9 +1,11 @@
 """A crash at every single file-system operation of writing, pruning and publishing.
 
-Two kinds of crash are played at each operation:
+Three kinds of crash are played at each operation:
 - kill -9: what was done stays done, a write in progress is cut in half;
 - power cut: besides, every file content that was not synced is lost, and so is every creation,
-  renaming and removal in a folder that was not synced since.
+  renaming and removal in a folder that was not synced since;
+- reordering power cut: the same, but the very last of these changes of names reached the disk
+  before all the others.
 """
 
 import contextlib
@@ -107,10 +109,11 @@ class FaultyDisk:
         os.link(path, saved)
         return saved
 
-    def restart(self, root: Path, power_cut: bool) -> None:
+    def restart(self, root: Path, kind: str) -> None:
         """The machine as the next process finds it."""
-        if power_cut:
-            for _, undo in reversed(self._undo):
+        if kind != "kill -9":
+            lost = self._undo[:-1] if kind == "reordering power cut" else self._undo
+            for _, undo in reversed(lost):
                 with contextlib.suppress(FileNotFoundError):  # its folder is gone for good
                     undo()
             for path in root.rglob("*"):
@@ -129,19 +132,19 @@ def crash_everywhere(monkeypatch, tmp_path, prepare, act, check) -> int:
     """
     with monkeypatch.context() as patch:
         disk = FaultyDisk(patch, tmp_path / "spare")
-        for power_cut in (False, True):
+        for kind in ("kill -9", "power cut", "reordering power cut"):
             for at in itertools.count():
-                root = tmp_path / f"{power_cut}-{at}"
+                root = tmp_path / f"{kind}-{at}"
                 root.mkdir()
                 prepare(root / "out")
-                disk.restart(root, power_cut=False)  # everything so far is durable
+                disk.restart(root, "kill -9")  # everything so far is durable
                 disk.crash_at = at
                 finished = True
                 try:
                     act(root / "out")
                 except Crash:
                     finished = False
-                disk.restart(root, power_cut)
+                disk.restart(root, kind)
                 check(root / "out", finished)
                 if finished:
                     assert at > 0
@@ -264,6 +267,8 @@ def test_the_job_file_is_whole_or_absent(monkeypatch, tmp_path) -> None:
         assert path.exists() or not finished
         if path.exists():
             assert FinetuneJob.from_yaml(path) == job
+        write_job_file(out, job)
+        assert os.listdir(out) == ["job.yaml"]
 
     crash_everywhere(
         monkeypatch, tmp_path, lambda out: None, lambda out: write_job_file(out, job), check
@@ -287,6 +292,6 @@ def test_the_faulty_disk_itself_loses_what_was_not_synced(monkeypatch, tmp_path)
     with contextlib.suppress(Crash):
         disk.crash_at = disk.count
         fsops.mkdir(tmp_path / "d")
-    disk.restart(tmp_path, power_cut=True)
+    disk.restart(tmp_path, "power cut")
     found = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert found == {"a": b"x", "b": b""}

@@ -3,6 +3,7 @@
 Both are imported only when a job asks for them.
 """
 
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,7 @@ class WandB:
 
         run_id_file = output_dir / "wandb_run_id"
         if not run_id_file.exists():
-            run_id_file.write_text(wandb.util.generate_id())
+            run_id_file.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             id=run_id_file.read_text().strip(),
             name=run_name or None,

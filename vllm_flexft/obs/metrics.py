@@ -35,10 +35,10 @@ class MetricsWriter:
         run_name: str = "",
     ) -> None:
         self.path = Path(output_dir) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._backends: list[Backend] = open_backends(
             report_to, Path(output_dir), run_name, resume_step
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 

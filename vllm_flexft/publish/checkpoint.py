@@ -107,6 +107,7 @@ def write_checkpoint(
         fsops.fsync_dir(work)
         if target.exists():
             fsops.rename(target, trash)
+            fsops.fsync_dir(output_dir)  # renames may reach the disk in another order
         fsops.rename(work, target)
         fsops.fsync_dir(output_dir)
         fsops.rmtree(trash)
