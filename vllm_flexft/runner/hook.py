@@ -6,6 +6,8 @@ A mixin over vLLM's model runner. Steps without a plan go straight through.
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -19,6 +21,8 @@ from vllm_flexft.runner.view import served_model
 from vllm_flexft.train.model import ServedModel
 from vllm_flexft.train.trainer import Trainer
 from vllm_flexft.wiring import CoServeConfig
+
+logger = logging.getLogger("vllm.flexft")
 
 FREE_MEMORY_SHARE = 0.25
 
@@ -37,10 +41,12 @@ class CoServeRunnerMixin(_RunnerBase):
     _trainer: Trainer | None
     _capture: Capture | None
     _view: ServedModel | None
+    _lora_int_id: int | None  # of the slot in training
 
     def start_co_serving(self, config: CoServeConfig) -> None:
         self._co_serve = config
         self._plan = self._result = self._trainer = self._capture = self._view = None
+        self._lora_int_id = None
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -60,10 +66,13 @@ class CoServeRunnerMixin(_RunnerBase):
         return output if self._plan is None else self._finish(output)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self._capture
-        if self._plan is None or capture is None or not self._plan.chunks:
+        capture, trainer = self._capture, self._trainer
+        if self._plan is None or capture is None or trainer is None or not self._plan.chunks:
             return super()._model_forward(*args, **kwargs)
-        capture.rows = self._finetune_rows(self._plan)
+        try:
+            capture.rows = self._finetune_rows(self._plan)
+        except Exception as error:
+            trainer.fail(error)
         try:
             return super()._model_forward(*args, **kwargs)
         finally:
@@ -82,15 +91,21 @@ class CoServeRunnerMixin(_RunnerBase):
         return rows
 
     def _prepare(self, plan: StepPlan) -> StepResult | None:
-        """Before the forward: open the job, begin micro-batches. A failure becomes a result."""
-        try:
-            if plan.open_job is not None:
+        """Before the forward: open the job, begin micro-batches. A failure becomes a result.
+
+        Only a job that could not be opened is closed at once: later plans, some of them under way
+        already, name its adapter in their batches.
+        """
+        if plan.open_job is not None:
+            try:
                 self._open(plan.open_job)
-            if self._trainer is not None:
-                self._trainer.begin(plan.begin)
-        except Exception as error:
-            self._close()
-            return StepResult(plan.job_id, error=f"{error}")
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    logger.exception("finetune job %s cannot be opened", plan.open_job.job.name)
+                self._close()
+                return StepResult(plan.job_id, error=str(error) or type(error).__name__)
+        if self._trainer is not None:
+            self._trainer.begin(plan.begin)
         return None
 
     def _finish(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
@@ -100,7 +115,7 @@ class CoServeRunnerMixin(_RunnerBase):
         self._plan = self._result = None
         if result is None and self._trainer is not None:
             if self._capture is not None and self._capture.error is not None:
-                self._trainer.error = f"capture failed: {self._capture.error}"
+                self._trainer.fail(self._capture.error)
             result = self._trainer.step(plan)
         if plan.close_job:
             self._close()
@@ -142,12 +157,20 @@ class CoServeRunnerMixin(_RunnerBase):
         return FREE_MEMORY_SHARE * free
 
     def _close(self) -> None:
+        """Let go of all that the job held, in whatever state it is. Never raises."""
+        releases: list[Callable[[], None]] = []
         if self._capture is not None:
-            self._capture.remove()
+            releases.append(self._capture.remove)
         if self._trainer is not None:
-            self._trainer.close()
-            close_slot(self.lora_manager, self._lora_int_id)
-        self._capture = self._trainer = None
+            releases.append(self._trainer.close)
+        if (lora_int_id := self._lora_int_id) is not None:
+            releases.append(lambda: close_slot(self.lora_manager, lora_int_id))
+        self._capture = self._trainer = self._lora_int_id = None
+        for release in releases:
+            try:
+                release()
+            except Exception:
+                logger.exception("closing a finetune job")
 
 
 def add_finetuning(runner: Any, config: CoServeConfig) -> None:

@@ -8,6 +8,7 @@ Start reading here. `docs/architecture.md` follows one sequence through it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,8 @@ from vllm_flexft.train.backward import MicroBatchBackward
 from vllm_flexft.train.layer import LayerBackward
 from vllm_flexft.train.model import LoraSlot, ServedModel
 from vllm_flexft.train.optimizer import AdapterOptimizer
+
+logger = logging.getLogger("vllm.flexft")
 
 
 class Trainer:
@@ -78,17 +81,24 @@ class Trainer:
             self.adapter.initialise(job.training.seed)
 
     def begin(self, batches: tuple[MicroBatch, ...]) -> None:
-        """Before the forward: the micro-batches whose chunks are about to ride along."""
-        for batch in batches:
-            grid = BackwardGrid(
-                num_tokens=batch.num_tokens,
-                window=self.setup.window,
-                num_layers=len(self.model.layers),
-                lowest_layer=self.adapter.lowest_layer if batch.train else len(self.model.layers),
-            )
-            self._micro_batches[batch.id] = MicroBatchBackward(
-                batch, grid, self.model, self._layers, self.store
-            )
+        """Before the forward: the micro-batches whose chunks are about to ride along.
+
+        Never raises: see `error`.
+        """
+        try:
+            for batch in batches:
+                top = len(self.model.layers)
+                grid = BackwardGrid(
+                    num_tokens=batch.num_tokens,
+                    window=self.setup.window,
+                    num_layers=top,
+                    lowest_layer=self.adapter.lowest_layer if batch.train else top,
+                )
+                self._micro_batches[batch.id] = MicroBatchBackward(
+                    batch, grid, self.model, self._layers, self.store
+                )
+        except Exception as error:
+            self.fail(error)
 
     def step(self, plan: StepPlan) -> StepResult:
         """After the forward: backward slices, update, snapshot. Never raises: see `error`."""
@@ -109,11 +119,19 @@ class Trainer:
                 grad_norm=norm,
                 written=self._written(plan.wait_for_writer),
             )
-        except FloatingPointError as error:
-            self.error = f"training diverged: {error}; lower training.learning_rate"
         except Exception as error:  # the engine must outlive any finetuning failure
-            self.error = f"{type(error).__name__}: {error}"
+            self.fail(error)
         return StepResult(plan.job_id, error=self.error)
+
+    def fail(self, error: Exception) -> None:
+        """Stop training for good; the first error is the one that is reported."""
+        if self.error is not None:
+            return
+        if isinstance(error, FloatingPointError):
+            self.error = f"training diverged: {error}; lower training.learning_rate"
+            return
+        logger.error("[%s] training failed", self.setup.job.name, exc_info=error)
+        self.error = f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
         self._writer.close(timeout=30.0)
@@ -134,7 +152,12 @@ class Trainer:
         return tuple(losses)
 
     def _save(self, request: SaveRequest) -> None:
-        """Copy the state; the writer thread puts it on disk while training goes on."""
+        """Copy the state; the writer thread puts it on disk while training goes on.
+
+        Raises FloatingPointError where the last update overflowed: that must not be published.
+        """
+        if not bool(self.adapter.master.isfinite().all()):
+            raise FloatingPointError(f"adapter weights after step {request.step} are not finite")
         state = TrainState(
             step=request.step,
             adapter=self.adapter.state(),
