@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class CoServingEngine:
                 "co_finetune_config": {"state_dir": str(state_dir), **(options or {})},
             },
         )
+        # vLLM's finalizer also tears down the groups that all engines of the process share, and
+        # several modules keep an engine of their own.
+        self.llm.llm_engine.engine_core._finalizer.detach()
+        weakref.finalize(self, self.scheduler._feed.stop)
         self.store = JobStore(state_dir / "jobs.sqlite3")
         self._names = (f"job-{i}" for i in itertools.count())
 

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 
 
-def tokenise(tokenizer: Any, prompt: str, completion: str, max_length: int) -> tuple[list, list]:
+def tokenise(
+    tokenizer: Any,
+    prompt: str,
+    completion: str,
+    max_length: int,
+    completion_only_loss: bool = True,
+) -> tuple[list, list]:
     """TRL's prompt-completion: one text, EOS after the completion, loss on the completion."""
     text = prompt + completion
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     labels = [
-        token if end > len(prompt) else -100
+        token if end > len(prompt) or not completion_only_loss else -100
         for token, (_, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     if ids[-1] != tokenizer.eos_token_id:
@@ -56,6 +62,7 @@ class PeftTrainer:
         else:
             self.model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **peft))
         self.model.train()
+        self.last_loss = float("nan")  # of the rows that `gradients` saw
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -95,5 +102,5 @@ class PeftTrainer:
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> dict[str, torch.Tensor]:
         self.model.zero_grad()
-        self.step_loss(rows)
+        self.last_loss = float(self.step_loss(rows))
         return {name: p.grad.detach().clone() for name, p in self.parameters().items()}
