@@ -17,8 +17,9 @@ from torch import Tensor
 # Rows of scores a head forms at a time (queries times G): enough for a GEMM, little waste above the
 # diagonal. Measured at 64 to 192 rows and 1 to 8 MiB, S of 64 to 2048, E of 64 and 128.
 _SCORE_ROWS = 96
-# Heads are batched until their scores fill so many bytes, which a core's L2 cache holds.
-_SCORE_BYTES = 1 << 20
+# Heads are batched until their scores fill so many bytes: more would leave the L2 caches of two
+# cores, less would be more and smaller calls.
+_SCORE_BYTES = 2 << 20
 
 
 def attention_backward(
