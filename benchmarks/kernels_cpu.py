@@ -3,10 +3,9 @@
     OMP_NUM_THREADS=2 python -m benchmarks.kernels_cpu [--seconds 0.3] [--only attention]
 
 Shapes are those of a 160M Llama: D = 768, F = 2048, H = 12, K = 4, E = 64, V = 32000, R = 8. Every
-time is the best of as many runs as fit `--seconds`; op and baseline take turns, so that whatever
-else runs on the machine meets both. "x" is the baseline's time over the op's. With more than one
-thread the machine must be idle otherwise: OpenMP threads that wait for a descheduled one can make
-an op of many short calls 100 times slower; with OMP_NUM_THREADS=1 the ratios hold under load too.
+time is the best of as many runs as fit `--seconds`; op and baseline take turns. "x" is the
+baseline's time over the op's. The machine must be idle otherwise: with more than one thread,
+OpenMP threads that wait for a descheduled one can make an op of many short calls 100 times slower.
 """
 
 import argparse

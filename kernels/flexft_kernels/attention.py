@@ -5,7 +5,7 @@
 
 Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B.2, with whole rows of scores in
 place of tiles: the rows of a few queries fit in cache, five GEMMs do nearly all the work, and the
-softmax needs no saved statistics. Measured on CPU this takes 0.5 to 0.8 of the time of torch's
+softmax needs no saved statistics. Measured on CPU this takes 0.5 to 0.9 of the time of torch's
 flash attention (forward, for the logsumexp, and backward), in fp32 and bf16 alike.
 """
 

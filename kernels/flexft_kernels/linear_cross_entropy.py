@@ -31,7 +31,7 @@ def linear_cross_entropy(
     h_ND: (N, D) final hidden states of the supervised positions. weight_VD: (V, D), of h's dtype;
     rows from `vocab_size` on are padding and take no part. targets_N: (N,) int64 below vocab_size.
     workspace: optional (>= row_block, vocab_size) of h's dtype, for the logits; a new one each
-    call costs its page faults, 8 % of the op at V = 32000.
+    call costs its page faults, up to 10 ms at V = 32000 in fp32.
 
     Returns `loss_sum` (0-d fp32, unscaled), `num_correct` (0-d int64: targets that argmax finds)
     and dh (N, D) in h's dtype, None without `need_grad`. The logits are rounded to h's dtype as by
