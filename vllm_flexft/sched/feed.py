@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import logging
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from vllm_flexft.data.dataset import TrainingData
-from vllm_flexft.data.order import BatchOrder
-from vllm_flexft.graph.families import target_layers
 from vllm_flexft.jobs.owner import new_owner
 from vllm_flexft.jobs.records import JobRecord
 from vllm_flexft.jobs.states import JobStatus
 from vllm_flexft.jobs.store import JobStore
-from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
-from vllm_flexft.publish.final import read_final, write_job_file
-from vllm_flexft.sched.prepared import Counters, PreparedJob
+from vllm_flexft.publish.final import read_final
+from vllm_flexft.sched.admission import Admission, EngineLimits
+from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, Record, WrittenRecord
 from vllm_flexft.sched.reporter import Reporter
 from vllm_flexft.wiring import CoServeConfig, job_store_path
@@ -32,31 +29,24 @@ from vllm_flexft.wiring import CoServeConfig, job_store_path
 logger = logging.getLogger("vllm.flexft")
 
 POLL_S = 0.2
+CANCEL_POLL_S = 0.5  # a user who cancels is watching
 HEARTBEAT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What a job must fit into."""
-
-    max_model_len: int
-    kv_tokens: int  # tokens that the KV cache holds
-    max_lora_rank: int
-    num_layers: int
+RETRY_S = 2.0  # after the store could not be read or written
 
 
 class JobFeed(threading.Thread):
     def __init__(self, config: CoServeConfig, model_config: Any, limits: EngineLimits) -> None:
         super().__init__(name="flexft-feed", daemon=True)
         self.wake: Callable[[], None] = lambda: None
-        self._config, self._model_config, self._limits = config, model_config, limits
+        self._config, self._model_config = config, model_config
+        self._admission = Admission(model_config, limits, config.reserved_names)
         self._ready: queue.SimpleQueue[PreparedJob] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[PreparedJob, Record]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._stopping = threading.Event()
-        self._tokenizer: Any = None
         self._reporter: Reporter | None = None
-        self._busy = False  # a job is with the scheduler
+        self._current: str | None = None  # id of the job that is with the scheduler
+        self._lease_lost = False
 
     # ---- the scheduler's side
 
@@ -88,18 +78,30 @@ class JobFeed(threading.Thread):
             self._store = JobStore(job_store_path(self._config.options))
             self._owner = new_owner()
             self._submit_configured_jobs()
-            heartbeat_at = time.monotonic()
-            while not self._stopping.is_set():
+        except Exception:
+            logger.exception("the finetuning queue failed; inference goes on without it")
+            return
+        next_heartbeat = next_cancel_poll = 0.0
+        while not self._stopping.is_set():
+            try:
                 self._drain_outbox(timeout=POLL_S)
-                if time.monotonic() >= heartbeat_at:
+                now = time.monotonic()
+                if now >= next_heartbeat:
+                    next_heartbeat = now + HEARTBEAT_S
                     self._heartbeat()
-                    heartbeat_at = time.monotonic() + HEARTBEAT_S
-                if not self._busy:
+                if now >= next_cancel_poll:
+                    next_cancel_poll = now + CANCEL_POLL_S
+                    self._look_for_cancellation()
+                if self._current is None:
                     self._lease_next()
+            except Exception:  # a full disk, a locked file: it may pass
+                logger.exception("the finetuning queue cannot be read or written; trying again")
+                self._stopping.wait(RETRY_S)
+        try:
             self._drain_outbox(timeout=0.0)
             self._release()
         except Exception:
-            logger.exception("the finetuning queue failed; inference goes on without it")
+            logger.exception("the finetuning queue could not be left in order")
 
     def _submit_configured_jobs(self) -> None:
         for entry in self._config.jobs:
@@ -125,83 +127,30 @@ class JobFeed(threading.Thread):
                 self._store.finish(record.id, JobStatus.FAILED, f"{type(error).__name__}: {error}")
             else:
                 if prepared is not None:
-                    self._busy = True
+                    self._current, self._lease_lost = record.id, False
+                    self._cancelled.discard(record.id)
                     self._ready.put(prepared)
                     self.wake()
 
     def _prepare(self, record: JobRecord) -> PreparedJob | None:
-        """Everything that can refuse a job, before it starts. None: it was finished already."""
+        """None: it was finished already. Raises ValueError or OSError to refuse it."""
         job = record.job()
         output_dir = job.resolve_output_dir(self._config.options)
-        config_hash = job.config_hash()
-        if (final := read_final(output_dir)) is not None and final.config_hash == config_hash:
-            self._store.add_version(record.id, job.name, str(final.path), final.step, final=True)
-            self._store.finish(record.id, JobStatus.SUCCEEDED)
-            logger.info("[%s] was finished before; its adapter is served", job.name)
-            return None
-        lowest_layer = min(target_layers(job.peft.layers_to_transform, self._limits.num_layers))
-        if job.peft.r > self._limits.max_lora_rank:
+        if (final := read_final(output_dir)) is not None:
+            if final.config_hash == job.config_hash():
+                self._store.add_version(
+                    record.id, job.name, str(final.path), final.step, final=True
+                )
+                self._store.finish(record.id, JobStatus.SUCCEEDED)
+                logger.info("[%s] was finished before; its adapter is served", job.name)
+                return None
             raise ValueError(
-                f"peft.r: {job.peft.r} exceeds this server's highest LoRA rank "
-                f"{self._limits.max_lora_rank}; start it with --max-lora-rank {job.peft.r}"
+                f"output_dir: {output_dir} holds the adapter of a job of another configuration; "
+                "choose another output_dir, or move that adapter away"
             )
-        train = self._load(job.dataset)
-        validation = self._load(job.validation) if job.validation is not None else None
-        self._check_kv(train, validation)
-        training = job.training
-        order = BatchOrder(
-            len(train),
-            training.train_batch_size,
-            training.seed,
-            job.dataset.shuffle,
-            training.num_train_epochs,
-            training.max_steps,
-        )
-        prepared = PreparedJob(
-            job_id=record.id,
-            job=job,
-            config_hash=config_hash,
-            output_dir=output_dir,
-            train=train,
-            order=order,
-            validation=validation,
-            lowest_layer=lowest_layer,
-        )
-        write_job_file(output_dir, job)
-        self._find_resume_point(prepared)
+        prepared = self._admission.prepare(record.id, job, output_dir)
         self._reporter = Reporter(prepared)
         return prepared
-
-    def _load(self, dataset: Any) -> TrainingData:
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._model_config.tokenizer,
-                revision=self._model_config.tokenizer_revision,
-                trust_remote_code=self._model_config.trust_remote_code,
-            )
-        return TrainingData.load(dataset, self._tokenizer, max_model_len=self._limits.max_model_len)
-
-    def _check_kv(self, *datasets: TrainingData | None) -> None:
-        longest = max(
-            max(len(data[i].token_ids) for i in range(len(data))) for data in datasets if data
-        )
-        if longest > 0.9 * self._limits.kv_tokens:
-            raise ValueError(
-                f"a sequence of {longest} tokens does not fit the KV cache of "
-                f"{self._limits.kv_tokens} tokens beside inference; lower dataset.max_length or "
-                "give the server more KV-cache memory"
-            )
-
-    def _find_resume_point(self, prepared: PreparedJob) -> None:
-        checkpoint = latest_checkpoint(prepared.output_dir, prepared.config_hash)
-        if checkpoint is None:
-            return
-        state = read_checkpoint(checkpoint)
-        prepared.resume_from, prepared.resume_step = checkpoint, state.step
-        prepared.counters = Counters(**state.counters)
-        logger.info("[%s] resumes from %s", prepared.job.name, checkpoint)
 
     # ---- records
 
@@ -216,16 +165,18 @@ class JobFeed(threading.Thread):
             timeout = 0.0
             try:
                 self._record(prepared, record)
+            except sqlite3.Error:
+                raise
             except Exception:
                 logger.exception("[%s] could not record %s", prepared.job.name, record)
 
     def _record(self, prepared: PreparedJob, record: Record) -> None:
-        assert self._reporter is not None
         if isinstance(record, WrittenRecord):
             self._announce(prepared, record)
         elif isinstance(record, EndRecord):
             self._finish(prepared, record)
         else:
+            assert self._reporter is not None
             metrics = self._reporter.log(record)
             if metrics is not None:
                 self._store.progress(
@@ -247,19 +198,30 @@ class JobFeed(threading.Thread):
             self._store.retire_versions(written.pruned)
 
     def _finish(self, prepared: PreparedJob, record: EndRecord) -> None:
-        assert self._reporter is not None
-        self._busy = False
+        if self._reporter is not None:
+            self._reporter.finish(record)
+            self._reporter = None
         status = JobStatus.FAILED if record.error else JobStatus.SUCCEEDED
         if record.cancelled:
             status = JobStatus.CANCELLED
-        self._reporter.finish(record)
-        self._store.finish(prepared.job_id, status, record.error)
-        self._reporter = None
+        if not self._lease_lost:  # else its state is another engine's to tell
+            try:
+                self._store.finish(prepared.job_id, status, record.error)
+            except sqlite3.Error:
+                self._outbox.put((prepared, record))  # once more: the job must not stay running
+                raise
+        self._current = None
 
     def _heartbeat(self) -> None:
-        for job_id in self._store.heartbeat(self._owner):
-            if self._store.cancel_requested(job_id):
-                self._cancelled.add(job_id)
+        held = self._store.heartbeat(self._owner)
+        if self._current is not None and self._current not in held and not self._lease_lost:
+            logger.error("finetune job %s was taken over by another engine", self._current)
+            self._lease_lost = True
+            self._cancelled.add(self._current)
+
+    def _look_for_cancellation(self) -> None:
+        if self._current is not None and self._store.cancel_requested(self._current):
+            self._cancelled.add(self._current)
 
     def _release(self) -> None:
         for job_id in self._store.heartbeat(self._owner):

@@ -15,6 +15,7 @@ DEFAULT_TTFT_MS = 5000.0
 TPOT_MARGIN = 0.8  # plan for this part of the objective; the rest absorbs prediction error
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
 SMOOTHING = 0.2
+PROBE_UNITS = 16.0  # of a loaded step before a unit's cost is known: small, to learn it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,10 @@ class Planner:
             if self.unit_s is None:
                 return self._idle_units
             return max(1.0, TTFT_SHARE * self.ttft_s / self.unit_s)
-        if self.unit_s is None or load.num_waiting:
-            return 0.0
         slack = TPOT_MARGIN * self.tpot_s - self.predict(load)
-        return max(0.0, slack / self.unit_s)
+        if load.num_waiting or slack <= 0:
+            return 0.0
+        return PROBE_UNITS if self.unit_s is None else slack / self.unit_s
 
     def predict(self, load: StepLoad) -> float:
         """Seconds of this step without finetune work."""

@@ -34,6 +34,7 @@ class PreparedJob:
     train: TrainingData
     order: BatchOrder
     validation: TrainingData | None
+    longest: int  # tokens of the longest sequence, validation included
     lowest_layer: int  # that carries an adapter
     resume_from: Path | None = None
     resume_step: int = 0

@@ -42,6 +42,8 @@ class Limits:
     num_lanes: int
     max_rows: int  # sequences with chunks in one batch
     lowest_layer: int
+    kv_blocks: int  # of each KV-cache group, that may be lent when no request holds any
+    block_size: int  # tokens
 
 
 @dataclass(slots=True)
@@ -258,16 +260,18 @@ class FinetuneRun:
     def _micro_batches(
         self, sequences: Iterable[TrainingSequence]
     ) -> deque[list[TrainingSequence]]:
-        """Consecutive sequences, as many as fit a lane."""
+        """Consecutive sequences, as many as fit a lane and, all at once, the KV cache."""
         groups: deque[list[TrainingSequence]] = deque()
-        room = 0
+        limits, room, blocks = self.limits, 0, 0
         for sequence in sequences:
             length = len(sequence.token_ids)
-            if length > room or len(groups[-1]) >= self.limits.max_rows:
+            need = -(-length // limits.block_size)
+            if length > room or need > blocks or len(groups[-1]) >= limits.max_rows:
                 groups.append([])
-                room = self.limits.lane_tokens
+                room, blocks = limits.lane_tokens, limits.kv_blocks
             groups[-1].append(sequence)
             room -= length
+            blocks -= need
         return groups
 
     def _close_phase(self, work: PlannedWork) -> bool:

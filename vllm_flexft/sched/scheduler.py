@@ -21,10 +21,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
-from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan
+from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
+from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
-from vllm_flexft.sched.feed import EngineLimits, JobFeed
+from vllm_flexft.sched.feed import JobFeed
 from vllm_flexft.sched.planner import Planner, StepLoad
+from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
 from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
 from vllm_flexft.sched.sequence_kv import KVLender
@@ -58,7 +60,11 @@ class CoServeMixin(_SchedulerBase):
         self.lora_config.max_loras = config.serving_max_loras
         self._costs = UnitCosts.from_hf_config(self.vllm_config.model_config.hf_text_config)
         num_blocks = self.cache_config.num_gpu_blocks
-        self._lender = KVLender(self.kv_cache_manager, int(num_blocks * RESERVED_BLOCKS_SHARE))
+        reserved_blocks = int(num_blocks * RESERVED_BLOCKS_SHARE)
+        self._lender = KVLender(self.kv_cache_manager, reserved_blocks)
+        # One block is vLLM's null block. Each KV-cache group takes its own blocks of a sequence.
+        num_groups = len(self.kv_cache_config.kv_cache_groups)
+        self._lendable_blocks = (num_blocks - 1 - reserved_blocks) // num_groups
         self._give_way_to_inference()
         self._run: FinetuneRun | None = None
         self._closing: StepPlan | None = None
@@ -69,7 +75,7 @@ class CoServeMixin(_SchedulerBase):
         self._engine_running: Callable[[], bool] = lambda: True
         limits = EngineLimits(
             max_model_len=self.max_model_len,
-            kv_tokens=(num_blocks - 1) * self.block_size,
+            kv_tokens=self._lendable_blocks * self.block_size,
             max_lora_rank=self.lora_config.max_lora_rank,
             num_layers=self._costs.num_layers,
         )
@@ -106,7 +112,10 @@ class CoServeMixin(_SchedulerBase):
         result = getattr(model_runner_output, RESULT_ATTRIBUTE, None)
         run = self._run
         if result is not None and run is not None and result.job_id == run.prepared.job_id:
-            self._take_result(result)
+            try:
+                self._take_result(run, result)
+            except Exception as error:
+                self._fail(error)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def has_requests(self) -> bool:
@@ -141,7 +150,16 @@ class CoServeMixin(_SchedulerBase):
             setattr(output, PLAN_ATTRIBUTE, self._closing)
             self._closing = None
             return 0.0
-        run = self._run = self._run or self._next_run()
+        try:
+            return self._plan_step(output, load)
+        except Exception as error:
+            self._fail(error)
+            return 0.0
+
+    def _plan_step(self, output: SchedulerOutput, load: StepLoad) -> float:
+        if self._run is None and (prepared := self._feed.take()) is not None:
+            self._start(prepared)
+        run = self._run
         if run is None:
             return 0.0
         if self._feed.is_cancelled(run.prepared.job_id):
@@ -153,12 +171,7 @@ class CoServeMixin(_SchedulerBase):
             rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
             idle=load.num_tokens == 0 and load.num_waiting == 0,
         )
-        try:
-            planned = run.plan(room, self._lender)
-        except Exception as error:
-            logger.exception("planning of job %s failed", run.job.name)
-            self._end(EndRecord(error=f"{type(error).__name__}: {error}"))
-            return 0.0
+        planned = run.plan(room, self._lender)
         if planned is None:
             return 0.0
         plan, work = planned
@@ -194,37 +207,42 @@ class CoServeMixin(_SchedulerBase):
         if (fresh := self._get_new_block_ids_to_zero()) is not None:
             output.new_block_ids_to_zero = [*(output.new_block_ids_to_zero or ()), *fresh]
 
-    def _next_run(self) -> FinetuneRun | None:
-        prepared = self._feed.take()
-        if prepared is None:
-            return None
+    def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
         self._planner = self._make_planner(prepared.job.slo)
-        longest = max(prepared.train.report.max_length, 1)
-        return FinetuneRun(
-            prepared,
-            Limits(
-                window=WINDOW,
-                lane_tokens=max(MIN_LANE_TOKENS, longest),
-                num_lanes=NUM_LANES,
-                max_rows=self._co_serve.options.max_rows_in_flight,
-                lowest_layer=prepared.lowest_layer,
-            ),
-            self._costs,
-            base_model(self.vllm_config),
-            # a new number for each opening: vLLM must never take one adapter for another
-            TRAINING_LORA_ID_BASE + self._jobs_opened,
+        limits = Limits(
+            window=WINDOW,
+            lane_tokens=max(MIN_LANE_TOKENS, prepared.longest),
+            num_lanes=NUM_LANES,
+            max_rows=self._co_serve.options.max_rows_in_flight,
+            lowest_layer=prepared.lowest_layer,
+            kv_blocks=self._lendable_blocks,
+            block_size=self.block_size,
         )
+        # a new number for each opening: vLLM must never take one adapter for another
+        lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened
+        try:
+            self._run = FinetuneRun(
+                prepared, limits, self._costs, base_model(self.vllm_config), lora_id
+            )
+        except Exception as error:
+            logger.exception("finetune job %s cannot start", prepared.job.name)
+            self._feed.report(prepared, EndRecord(error=f"{type(error).__name__}: {error}"))
 
-    def _take_result(self, result: Any) -> None:
-        assert self._run is not None
+    def _take_result(self, run: FinetuneRun, result: StepResult) -> None:
         if result.error is not None:
             self._end(EndRecord(error=result.error))
             return
-        for record in self._run.on_result(result):
-            self._feed.report(self._run.prepared, record)
-            if isinstance(record, WrittenRecord) and record.written.final:
-                self._end(EndRecord())
+        records = run.on_result(result)
+        for record in records:
+            self._feed.report(run.prepared, record)
+        if any(isinstance(r, WrittenRecord) and r.written.final for r in records):
+            self._end(EndRecord())
+
+    def _fail(self, error: Exception) -> None:
+        if self._run is not None:
+            logger.error("scheduling of job %s failed", self._run.job.name, exc_info=error)
+            self._end(EndRecord(error=f"{type(error).__name__}: {error}"))
 
     def _end(self, record: EndRecord) -> None:
         """The job is over: blocks back, the worker closes it with the next plan."""

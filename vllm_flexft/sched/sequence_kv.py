@@ -47,6 +47,7 @@ class KVLender:
             num_tokens,
             delay_cache_blocks=True,  # never enter the prefix cache
             reserved_blocks=self._reserved_blocks,
+            has_scheduled_reqs=False,  # the reserve takes the place of vLLM's watermark
         )
         if blocks is None:
             return False

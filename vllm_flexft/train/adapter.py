@@ -135,7 +135,7 @@ class TrainableAdapter:
             if tensors[key].shape != view.shape:
                 raise ValueError(
                     f"adapter tensor {key} has shape {tuple(tensors[key].shape)}, "
-                    f"this job needs {tuple(view.shape)}; set peft.r as in its adapter_config.json"
+                    f"this job needs {tuple(view.shape)}: it is of another rank or base model"
                 )
             view.copy_(tensors[key])
 

@@ -76,7 +76,10 @@ class Trainer:
             self.adapter.load(state.adapter)
             self.optimizer.load(state.optimizer, state.step)
         elif job.peft.init_adapter is not None:
-            self.adapter.load(read_adapter(Path(job.peft.init_adapter))[0])
+            try:
+                self.adapter.load(read_adapter(Path(job.peft.init_adapter))[0])
+            except ValueError as error:
+                raise ValueError(f"peft.init_adapter {job.peft.init_adapter}: {error}") from None
         else:
             self.adapter.initialise(job.training.seed)
 

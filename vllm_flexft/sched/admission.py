@@ -1,0 +1,142 @@
+"""What can refuse a job before it starts: its data, the model, the server, its output folder.
+
+What only the worker can see (memory, the shapes of `peft.init_adapter`) is checked there, when the
+job is opened and before anything is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_flexft.config import DatasetConfig, FinetuneJob, PeftConfig
+from vllm_flexft.data.dataset import TrainingData
+from vllm_flexft.data.order import BatchOrder
+from vllm_flexft.graph.families import target_layers
+from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
+from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
+from vllm_flexft.publish.final import write_job_file
+from vllm_flexft.sched.prepared import Counters, PreparedJob
+from vllm_flexft.wiring import supported_ranks
+
+logger = logging.getLogger("vllm.flexft")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a job must fit into."""
+
+    max_model_len: int
+    kv_tokens: int  # that training can borrow of the KV cache when no request holds any
+    max_lora_rank: int
+    num_layers: int
+
+
+class Admission:
+    """Turns accepted jobs into prepared ones.
+
+    Args:
+        model_config: vLLM's; names the tokenizer.
+        reserved_names: served models of the user, which no job may shadow.
+    """
+
+    def __init__(
+        self, model_config: Any, limits: EngineLimits, reserved_names: Collection[str]
+    ) -> None:
+        self._model_config, self._limits = model_config, limits
+        self._reserved_names = reserved_names
+        self._tokenizer: Any = None
+
+    def prepare(self, job_id: str, job: FinetuneJob, output_dir: Path) -> PreparedJob:
+        """Check the job, tokenise its data, find its resume point, write its job.yaml.
+
+        Raises ValueError or OSError, with a message for the user, for a job that cannot run.
+        """
+        self._check_name(job.name)
+        lowest_layer = self._check_peft(job.peft)
+        train = self._load(job.dataset)
+        validation = self._load(job.validation) if job.validation is not None else None
+        training = job.training
+        order = BatchOrder(
+            len(train),
+            training.train_batch_size,
+            training.seed,
+            job.dataset.shuffle,
+            training.num_train_epochs,
+            training.max_steps,
+        )
+        prepared = PreparedJob(
+            job_id=job_id,
+            job=job,
+            config_hash=job.config_hash(),
+            output_dir=output_dir,
+            train=train,
+            order=order,
+            validation=validation,
+            longest=self._longest(train, validation),
+            lowest_layer=lowest_layer,
+        )
+        _find_resume_point(prepared)  # refuses the folder of another job
+        write_job_file(output_dir, job)
+        return prepared
+
+    def _check_name(self, name: str) -> None:
+        if name in self._reserved_names:
+            raise ValueError(
+                f"name: {name!r} is already used by a model of this server; choose another name"
+            )
+
+    def _check_peft(self, peft: PeftConfig) -> int:
+        """The lowest layer that gets an adapter."""
+        layers = target_layers(peft.layers_to_transform, self._limits.num_layers)
+        if peft.r > self._limits.max_lora_rank:
+            enough = next(rank for rank in supported_ranks() if rank >= peft.r)
+            raise ValueError(
+                f"peft.r: {peft.r} is more than the --max-lora-rank {self._limits.max_lora_rank} "
+                f"that the server was started with; lower peft.r, or start it with "
+                f"--max-lora-rank {enough}"
+            )
+        if peft.init_adapter is not None:
+            try:
+                _, config = read_adapter(Path(peft.init_adapter))
+            except ValueError as error:
+                raise ValueError(f"peft.init_adapter: {error}") from None
+            check_init_adapter(config, peft, peft.target_module_names, layers)
+        return min(layers)
+
+    def _load(self, dataset: DatasetConfig) -> TrainingData:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._model_config.tokenizer,
+                revision=self._model_config.tokenizer_revision,
+                trust_remote_code=self._model_config.trust_remote_code,
+            )
+        return TrainingData.load(dataset, self._tokenizer, max_model_len=self._limits.max_model_len)
+
+    def _longest(self, *datasets: TrainingData | None) -> int:
+        """Tokens of the longest sequence, which the KV cache must be able to hold."""
+        longest = max(
+            max(len(data[i].token_ids) for i in range(len(data))) for data in datasets if data
+        )
+        if longest > self._limits.kv_tokens:
+            raise ValueError(
+                f"dataset.max_length: a sequence of {longest} tokens does not fit the KV cache, "
+                f"of which training can borrow {self._limits.kv_tokens} tokens; set it to "
+                f"{self._limits.kv_tokens} or less, or give the server more KV-cache memory"
+            )
+        return longest
+
+
+def _find_resume_point(prepared: PreparedJob) -> None:
+    checkpoint = latest_checkpoint(prepared.output_dir, prepared.config_hash)
+    if checkpoint is None:
+        return
+    state = read_checkpoint(checkpoint)
+    prepared.resume_from, prepared.resume_step = checkpoint, state.step
+    prepared.counters = Counters(**state.counters)
+    logger.info("[%s] resumes from %s", prepared.job.name, checkpoint)
