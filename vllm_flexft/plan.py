@@ -10,6 +10,7 @@ optimizer update -> save -> close.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,10 @@ class BackwardSlices:
 class OptimizerStep:
     step: int  # 0-based
     learning_rate: float
+    epoch: float  # epochs done after it
+    num_tokens: int  # supervised, since the run began
+    num_input_tokens: int  # since the run began
+    step_input_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,7 @@ class SaveRequest:
     step: int  # optimizer steps done
     counters: dict[str, Any]
     final: bool
+    evaluations: tuple[Mapping[str, Any], ...] = ()  # recent lines of metrics.jsonl
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_flexft.obs.metrics import MetricsWriter, read_metrics, truncate_after
+from vllm_flexft.obs.metrics import MetricsWriter, read_metrics, restore
 
 STEP = {
     "epoch": 0.5,
@@ -81,7 +81,7 @@ class TestResume:
 
     def test_a_complete_last_line_without_its_newline_is_torn_too(self, path) -> None:
         path.write_text('{"step": 1}\n{"step": 2}')
-        truncate_after(path, 2)
+        restore(path, 2)
         assert path.read_text() == '{"step": 1}\n'
 
     def test_a_fresh_start_drops_everything(self, tmp_path, path) -> None:
@@ -92,8 +92,21 @@ class TestResume:
     def test_nothing_is_rewritten_when_nothing_is_lost(self, path) -> None:
         path.write_text('{"step": 1}\n{"step": 2}\n')
         before = path.stat().st_ino
-        truncate_after(path, 2)
+        restore(path, 2)
         assert path.stat().st_ino == before
+
+    def test_lines_that_a_crash_kept_from_being_written_come_from_the_checkpoint(
+        self, path
+    ) -> None:
+        path.write_text('{"step": 1}\n{"step": 2, "eval_loss": 1.0}\n{"step": 4}\n')
+        history = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 2, "eval_loss": 1.0}]
+        restore(path, 3, history)
+        assert read_metrics(path) == [
+            {"step": 1},
+            {"step": 2},
+            {"step": 2, "eval_loss": 1.0},
+            {"step": 3},
+        ]
 
     @settings(derandomize=True, deadline=None, max_examples=60)
     @given(last=st.integers(0, 12), resume=st.integers(1, 14), cut=st.integers(0, 400))
@@ -103,7 +116,7 @@ class TestResume:
         whole = "".join(f'{{"step": {s}}}\n' for s in range(1, last + 1)).encode()
         path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
         path.write_bytes(whole[:cut])
-        truncate_after(path, resume)
+        restore(path, resume)
         kept = path.read_bytes()
         assert whole.startswith(kept)
         complete = whole[:cut].count(b"\n")

@@ -39,6 +39,7 @@ def make_state() -> Callable[[int], TrainState]:
             data_cursor={"epoch": 0, "row": 8 * step},
             rng={"torch": torch.get_rng_state(), "seed": 42},
             early_stopping={"best": 1.0 / 3.0, "best_step": None},
+            log_history=[{"step": step, "loss": 1.0 / 3.0}],
         )
 
     return make

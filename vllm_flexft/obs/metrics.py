@@ -4,14 +4,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_flexft.obs.backends import Backend, open_backends
 from vllm_flexft.obs.jsonsafe import flag_non_finite
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flexft")
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,7 +20,8 @@ class MetricsWriter:
     """Appends to `output_dir/metrics.jsonl`, one flushed line at a time.
 
     A resume first drops the lines of steps after `resume_step`: they belong to work that was
-    lost and will be done again. NaN and infinity are written as null and named under
+    lost and will be done again. It adds the lines of `log_history`, the checkpoint's own record,
+    that a crash kept from being written. NaN and infinity are written as null and named under
     "non_finite". A failing backend is switched off with a warning; it never stops a run.
     Raises ValueError if a backend of `report_to` is not installed, OSError if the file cannot
     be written.
@@ -33,13 +34,14 @@ class MetricsWriter:
         *,
         report_to: Collection[str] = (),
         run_name: str = "",
+        log_history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.path = Path(output_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._backends: list[Backend] = open_backends(
             report_to, Path(output_dir), run_name, resume_step
         )
-        truncate_after(self.path, resume_step)
+        restore(self.path, resume_step, log_history)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def log_step(
@@ -91,6 +93,10 @@ class MetricsWriter:
             }
         )
 
+    def sync(self) -> None:
+        """Make the lines so far durable. A checkpoint repeats only recent ones."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         for backend in self._backends:
@@ -108,17 +114,23 @@ class MetricsWriter:
         return flagged
 
 
-def truncate_after(path: Path, step: int) -> None:
+def restore(path: Path, step: int, log_history: Sequence[Mapping[str, Any]] = ()) -> None:
     """Keep only whole lines of steps <= `step` (none for step 0: a fresh start), atomically.
 
-    A last line torn by a crash is dropped. So is any other line that cannot be read; a file
-    without either is left untouched.
+    A last line torn by a crash is dropped. So is any other line that cannot be read. Lines of
+    `log_history` up to `step` that are missing are added in their place. A file that needs none
+    of this is left untouched.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
-        return
+        lines = []
     kept = [line for line in lines if _belongs(line, step)]
+    present = {_place(json.loads(line)) for line in kept}
+    missing = [line for line in log_history if line["step"] <= step and _place(line) not in present]
+    if missing:
+        kept += [_encode(line) for line in missing]
+        kept.sort(key=lambda line: _place(json.loads(line)))
     if kept == lines:
         return
     aside = path.with_name(f".{path.name}.tmp")
@@ -136,6 +148,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [parsed for line in lines if (parsed := _parse(line)) is not None]
+
+
+def _place(line: Mapping[str, Any]) -> tuple[int, bool]:
+    """The order of lines: by step, its evaluation after it."""
+    return line["step"], "eval_loss" in line
+
+
+def _encode(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(flag_non_finite(line), allow_nan=False).encode() + b"\n"
 
 
 def _belongs(line: bytes, step: int) -> bool:

@@ -3,7 +3,7 @@
     checkpoint-N/adapter_model.safetensors   fp32 A and B    } together a PEFT adapter,
     checkpoint-N/adapter_config.json                         } which can be served as it is
     checkpoint-N/optimizer.safetensors       moments, and RNG state that is a tensor
-    checkpoint-N/trainer_state.json          counters, data cursor, RNG, early stopping
+    checkpoint-N/trainer_state.json          counters, recent metrics, RNG, early stopping
     checkpoint-N/manifest.json               SHA-256 of each
 
 It is written into a hidden sibling folder, every file and folder is synced, and one rename makes
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from vllm_flexft.publish.manifest import (
 from vllm_flexft.publish.tensor_file import safetensors_chunks
 from vllm_flexft.publish.workfiles import sweep, work_path
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flexft")
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -61,6 +61,7 @@ class TrainState:
     data_cursor: Mapping[str, Any] = field(default_factory=dict)
     rng: Mapping[str, Any] | None = None  # values: tensors or JSON
     early_stopping: Mapping[str, Any] | None = None  # best metric, its step, patience used
+    log_history: Sequence[Mapping[str, Any]] = ()  # recent lines of metrics.jsonl
 
     def snapshot(self) -> TrainState:
         """A copy on CPU that shares no memory with the live masters and moments."""
@@ -76,6 +77,7 @@ class TrainState:
             counters=_copied(self.counters),
             data_cursor=_copied(self.data_cursor),
             early_stopping=_copied(self.early_stopping),
+            log_history=_copied(list(self.log_history)),
             rng=rng,
         )
 
@@ -141,6 +143,19 @@ def latest_checkpoint(output_dir: Path, config_hash: str | None = None) -> Path 
             raise _foreign(path)
         return path
     return None
+
+
+def sound_checkpoints(output_dir: Path, config_hash: str) -> list[tuple[int, Path]]:
+    """Step and folder of every checkpoint of this configuration that verifies, oldest first."""
+    found = []
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            manifest = _verify(path)
+        except CheckpointError:
+            continue
+        if manifest.config_hash == config_hash:
+            found.append((manifest.step, path))
+    return found
 
 
 def read_checkpoint(path: Path) -> TrainState:
@@ -255,6 +270,7 @@ def _encode_state(state: TrainState) -> bytes:
         "data_cursor": state.data_cursor,
         "rng": rng,
         "early_stopping": state.early_stopping,
+        "log_history": list(state.log_history),
     }
     return json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
 

@@ -12,7 +12,7 @@ from vllm_flexft.config import PeftConfig
 from vllm_flexft.publish.checkpoint import TrainState, prune, write_checkpoint
 from vllm_flexft.publish.final import publish_final
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.flexft")
 
 
 @dataclass(frozen=True)

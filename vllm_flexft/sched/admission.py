@@ -139,4 +139,5 @@ def _find_resume_point(prepared: PreparedJob) -> None:
     state = read_checkpoint(checkpoint)
     prepared.resume_from, prepared.resume_step = checkpoint, state.step
     prepared.counters = Counters(**state.counters)
+    prepared.log_history = state.log_history
     logger.info("[%s] resumes from %s", prepared.job.name, checkpoint)

@@ -13,14 +13,18 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_flexft.jobs.owner import new_owner
-from vllm_flexft.jobs.records import JobRecord
+from vllm_flexft.jobs.records import JobRecord, LeaseLostError
 from vllm_flexft.jobs.states import JobStatus
 from vllm_flexft.jobs.store import JobStore
+from vllm_flexft.obs.metrics import METRICS_FILE, restore
+from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints
 from vllm_flexft.publish.final import read_final
 from vllm_flexft.sched.admission import Admission, EngineLimits
+from vllm_flexft.sched.lease import LeaseKeeper
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, Record, WrittenRecord
 from vllm_flexft.sched.reporter import Reporter
@@ -30,7 +34,6 @@ logger = logging.getLogger("vllm.flexft")
 
 POLL_S = 0.2
 CANCEL_POLL_S = 0.5  # a user who cancels is watching
-HEARTBEAT_S = 5.0
 RETRY_S = 2.0  # after the store could not be read or written
 
 
@@ -77,20 +80,19 @@ class JobFeed(threading.Thread):
         try:
             self._store = JobStore(job_store_path(self._config.options))
             self._owner = new_owner()
+            self._lease = LeaseKeeper(self._store, self._owner)
+            self._lease.start()
             self._submit_configured_jobs()
         except Exception:
             logger.exception("the finetuning queue failed; inference goes on without it")
             return
-        next_heartbeat = next_cancel_poll = 0.0
+        next_cancel_poll = 0.0
         while not self._stopping.is_set():
             try:
                 self._drain_outbox(timeout=POLL_S)
-                now = time.monotonic()
-                if now >= next_heartbeat:
-                    next_heartbeat = now + HEARTBEAT_S
-                    self._heartbeat()
-                if now >= next_cancel_poll:
-                    next_cancel_poll = now + CANCEL_POLL_S
+                self._look_for_lost_lease()
+                if time.monotonic() >= next_cancel_poll:
+                    next_cancel_poll = time.monotonic() + CANCEL_POLL_S
                     self._look_for_cancellation()
                 if self._current is None:
                     self._lease_next()
@@ -98,6 +100,7 @@ class JobFeed(threading.Thread):
                 logger.exception("the finetuning queue cannot be read or written; trying again")
                 self._stopping.wait(RETRY_S)
         try:
+            self._lease.stop()
             self._drain_outbox(timeout=0.0)
             self._release()
         except Exception:
@@ -117,14 +120,15 @@ class JobFeed(threading.Thread):
 
     def _lease_next(self) -> None:
         for record in self._store.lease(self._owner, 1, model=self._model_config.model):
+            self._lease.beat()
             try:
                 prepared = self._prepare(record)
             except (ValueError, OSError) as error:
                 logger.error("Finetune job %s is refused: %s", record.name, error)
-                self._store.finish(record.id, JobStatus.FAILED, str(error))
+                self._end(record.id, JobStatus.FAILED, str(error))
             except Exception as error:
                 logger.exception("Finetune job %s could not be prepared", record.name)
-                self._store.finish(record.id, JobStatus.FAILED, f"{type(error).__name__}: {error}")
+                self._end(record.id, JobStatus.FAILED, f"{type(error).__name__}: {error}")
             else:
                 if prepared is not None:
                     self._current, self._lease_lost = record.id, False
@@ -136,12 +140,14 @@ class JobFeed(threading.Thread):
         """None: it was finished already. Raises ValueError or OSError to refuse it."""
         job = record.job()
         output_dir = job.resolve_output_dir(self._config.options)
-        if (final := read_final(output_dir)) is not None:
+        final = read_final(output_dir)
+        self._announce_found(record, output_dir)
+        if final is not None:
             if final.config_hash == job.config_hash():
                 self._store.add_version(
                     record.id, job.name, str(final.path), final.step, final=True
                 )
-                self._store.finish(record.id, JobStatus.SUCCEEDED)
+                self._end(record.id, JobStatus.SUCCEEDED)
                 logger.info("[%s] was finished before; its adapter is served", job.name)
                 return None
             raise ValueError(
@@ -151,6 +157,18 @@ class JobFeed(threading.Thread):
         prepared = self._admission.prepare(record.id, job, output_dir)
         self._reporter = Reporter(prepared)
         return prepared
+
+    def _announce_found(self, record: JobRecord, output_dir: Path) -> None:
+        """Tell of checkpoints in the folder what a crash may have kept from being told."""
+        gone = [v.path for v in self._store.versions() if v.job_id == record.id and not v.retired]
+        self._store.retire_versions(path for path in gone if not Path(path).is_dir())
+        found = sound_checkpoints(output_dir, record.job().config_hash())
+        for step, path in found:
+            name = f"{record.name}@step-{step}"
+            self._store.add_version(record.id, name, str(path), step, final=False)
+        if found:
+            step, path = found[-1]
+            restore(output_dir / METRICS_FILE, step, read_checkpoint(path).log_history)
 
     # ---- records
 
@@ -171,6 +189,8 @@ class JobFeed(threading.Thread):
                 logger.exception("[%s] could not record %s", prepared.job.name, record)
 
     def _record(self, prepared: PreparedJob, record: Record) -> None:
+        if self._lease_lost and not isinstance(record, EndRecord):
+            return  # another engine writes these files now
         if isinstance(record, WrittenRecord):
             self._announce(prepared, record)
         elif isinstance(record, EndRecord):
@@ -190,6 +210,8 @@ class JobFeed(threading.Thread):
             logger.warning("[%s] %s", name, written.warning)
             self._store.add_event(prepared.job_id, "warning", written.warning)
         if written.path is not None:
+            if self._reporter is not None:
+                self._reporter.sync()
             served = name if written.final else f"{name}@step-{written.step}"
             self._store.add_version(
                 prepared.job_id, served, written.path, written.step, written.final
@@ -206,16 +228,22 @@ class JobFeed(threading.Thread):
             status = JobStatus.CANCELLED
         if not self._lease_lost:  # else its state is another engine's to tell
             try:
-                self._store.finish(prepared.job_id, status, record.error)
+                self._end(prepared.job_id, status, record.error)
             except sqlite3.Error:
                 self._outbox.put((prepared, record))  # once more: the job must not stay running
                 raise
         self._current = None
 
-    def _heartbeat(self) -> None:
-        held = self._store.heartbeat(self._owner)
-        if self._current is not None and self._current not in held and not self._lease_lost:
-            logger.error("finetune job %s was taken over by another engine", self._current)
+    def _end(self, job_id: str, status: JobStatus, error: str | None = None) -> None:
+        try:
+            self._store.finish(job_id, status, error, owner=self._owner)
+        except LeaseLostError as lost:
+            logger.error("%s", lost)
+
+    def _look_for_lost_lease(self) -> None:
+        """This process was asleep, or cut off from the store, for longer than a lease lasts."""
+        if self._current is not None and not (self._lease_lost or self._lease.holds(self._current)):
+            logger.error("Finetune job %s was taken over by another engine", self._current)
             self._lease_lost = True
             self._cancelled.add(self._current)
 

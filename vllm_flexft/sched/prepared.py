@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,4 @@ class PreparedJob:
     resume_from: Path | None = None
     resume_step: int = 0
     counters: Counters = field(default_factory=Counters)
+    log_history: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl up to resume_step

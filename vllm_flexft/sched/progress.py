@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_flexft.plan import StepResult, Written
 from vllm_flexft.sched.prepared import Counters
+
+# Lines of metrics.jsonl that a checkpoint repeats: a crash may come before they are written.
+RECENT_EVALUATIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,12 @@ class RunProgress:
         self._step_of: dict[int, int] = {}  # training micro-batch -> optimizer step
         self._evaluation: _Evaluation | None = None
         self._last_update = time.monotonic()
-        self.out_of_patience = False
+        self.recent_evaluations: deque[dict[str, Any]] = deque(maxlen=RECENT_EVALUATIONS)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Early stopping. From the counters, so that a resume knows it too."""
+        return self._patience is not None and self._counters.evals_without_gain >= self._patience
 
     @property
     def evaluating(self) -> bool:
@@ -146,6 +156,13 @@ class RunProgress:
             self._counters.best_eval_loss, self._counters.evals_without_gain = loss, 0
         else:
             self._counters.evals_without_gain += 1
-        if self._patience is not None:
-            self.out_of_patience = self._counters.evals_without_gain >= self._patience
-        return EvalRecord(evaluation.step, loss, evaluation.num_correct / evaluation.targets)
+        accuracy = evaluation.num_correct / evaluation.targets
+        self.recent_evaluations.append(
+            {
+                "step": evaluation.step,
+                "eval_loss": loss,
+                "eval_mean_token_accuracy": accuracy,
+                "time": time.time(),
+            }
+        )
+        return EvalRecord(evaluation.step, loss, accuracy)

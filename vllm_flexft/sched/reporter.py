@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from vllm_flexft.obs.metrics import MetricsWriter
+from vllm_flexft.obs.metrics import MetricsWriter, read_metrics
 from vllm_flexft.obs.progress import (
     RunSummary,
     eta_s,
@@ -28,11 +28,10 @@ class Reporter:
             prepared.resume_step,
             report_to=prepared.job.report_to,
             run_name=prepared.job.name,
+            log_history=prepared.log_history,
         )
         self._started = time.monotonic()
         self._steps_timed = 0
-        self._first_loss: float | None = None
-        self._last: StepRecord | None = None
         logger.info(
             "[%s] %d steps of %d sequences; %s",
             prepared.job.name,
@@ -45,7 +44,7 @@ class Reporter:
         """Write the record; returns the metrics of an optimizer step."""
         name = self._prepared.job.name
         if isinstance(record, EvalRecord):
-            line = {
+            line: dict[str, Any] = {
                 "step": record.step,
                 "eval_loss": record.loss,
                 "eval_mean_token_accuracy": record.accuracy,
@@ -54,8 +53,6 @@ class Reporter:
             logger.info(format_validation(name=name, **line))
             return None
         self._steps_timed += 1
-        self._first_loss = record.loss if self._first_loss is None else self._first_loss
-        self._last = record
         pace = record.step_input_tokens / record.seconds if record.seconds > 0 else 0.0
         logger.info(
             format_step(
@@ -85,23 +82,31 @@ class Reporter:
             tokens_per_second=pace,
         )
 
+    def sync(self) -> None:
+        self._metrics.sync()
+
     def finish(self, end: EndRecord) -> None:
         self._metrics.close()
-        name, last = self._prepared.job.name, self._last
+        name = self._prepared.job.name
         if end.error is not None:
             logger.error("[%s] failed: %s", name, end.error)
         elif end.cancelled:
             logger.info("[%s] cancelled", name)
-        elif last is not None and self._first_loss is not None:
+        else:
+            # From the file: a resumed run began in another process.
+            lines = [line for line in read_metrics(self._metrics.path) if "loss" in line]
+            if not lines:
+                return  # the user removed it meanwhile
+            first, last = lines[0], lines[-1]
             summary = RunSummary(
                 name=name,
                 served_as=name,
                 adapter_dir=self._prepared.output_dir,
-                steps=last.step,
-                first_loss=self._first_loss,
-                last_loss=last.loss,
-                num_input_tokens=last.num_input_tokens,
-                num_tokens=last.num_tokens,
+                steps=last["step"],
+                first_loss=first["loss"],
+                last_loss=last["loss"],
+                num_input_tokens=last["num_input_tokens"],
+                num_tokens=last["num_tokens"],
                 wall_s=self._prepared.counters.train_seconds,
             )
             for line in format_summary(summary).splitlines():

@@ -90,6 +90,7 @@ class FinetuneRun:
         self._chunk_id = 0
         self._queue: deque[list[TrainingSequence]] = deque()  # micro-batches not yet begun
         self._loss_scale = 0.0
+        self._step_input_tokens = 0
         self._active: list[ScheduledMicroBatch] = []
         self._retired: list[ScheduledMicroBatch] = []  # through; blocks go back next step
         self._evaluating = False
@@ -242,7 +243,7 @@ class FinetuneRun:
     # ---- optimizer steps and what follows them
 
     def _start_step(self) -> None:
-        if self.step >= self.total_steps:
+        if self.step >= self.total_steps or self.progress.out_of_patience:
             self._after_update = True  # a resume found every step done: only publish
             return
         rows = self.prepared.order.rows(self.step)
@@ -252,6 +253,7 @@ class FinetuneRun:
         self._loss_scale = 1.0 / targets
         self.counters.num_tokens += targets
         self.counters.num_input_tokens += tokens
+        self._step_input_tokens = tokens
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
         epoch = self.prepared.order.epoch(self.step + 1)
         self.progress.step_planned(self.step, epoch, rate, targets, tokens)
@@ -286,7 +288,14 @@ class FinetuneRun:
         if self.waiting_for_writer:
             return False
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
-        work.optimizer_step = OptimizerStep(self.step, rate)
+        work.optimizer_step = OptimizerStep(
+            step=self.step,
+            learning_rate=rate,
+            epoch=self.prepared.order.epoch(self.step + 1),
+            num_tokens=self.counters.num_tokens,
+            num_input_tokens=self.counters.num_input_tokens,
+            step_input_tokens=self._step_input_tokens,
+        )
         self.step += 1
         self._after_update = True
         if self._evaluation_due():
@@ -312,6 +321,7 @@ class FinetuneRun:
                 step=self.step,
                 counters=self.counters.as_dict(),
                 final=final,
+                evaluations=tuple(self.progress.recent_evaluations),
             )
         if final:
             self.waiting_for_writer = True

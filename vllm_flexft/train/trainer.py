@@ -9,15 +9,18 @@ Start reading here. `docs/architecture.md` follows one sequence through it.
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_flexft.graph.grid import BackwardGrid
 from vllm_flexft.plan import (
     MicroBatch,
     MicroBatchLoss,
     OpenJob,
+    OptimizerStep,
     SaveRequest,
     StepPlan,
     StepResult,
@@ -34,6 +37,10 @@ from vllm_flexft.train.model import LoraSlot, ServedModel
 from vllm_flexft.train.optimizer import AdapterOptimizer
 
 logger = logging.getLogger("vllm.flexft")
+
+# Lines of metrics.jsonl that a checkpoint repeats (about 40 KB): another process writes the file,
+# and a crash may come before it has written the steps that the checkpoint holds.
+LOG_HISTORY = 200
 
 
 class Trainer:
@@ -66,6 +73,9 @@ class Trainer:
         }
         self._micro_batches: dict[int, MicroBatchBackward] = {}
         self._writer = CheckpointWriter()
+        self._step_loss = 0.0  # of the optimizer step under way, mean over its targets
+        self._step_started = time.monotonic()
+        self._log_history: deque[dict[str, Any]] = deque(maxlen=LOG_HISTORY)
         self.error: str | None = None
 
     def _restore(self) -> None:
@@ -111,7 +121,7 @@ class Trainer:
             losses = self._backward(plan)
             norm = None
             if plan.optimizer_step is not None:
-                norm = self.optimizer.update(plan.optimizer_step.learning_rate)
+                norm = self._update(plan.optimizer_step)
             if plan.save is not None:
                 self._save(plan.save)
             return StepResult(
@@ -152,7 +162,28 @@ class Trainer:
                 if not abs(loss) < float("inf"):
                     raise FloatingPointError(f"loss is {loss}")
                 losses.append(MicroBatchLoss(work.micro_batch, loss, int(micro_batch.num_correct)))
+                if micro_batch.batch.train:
+                    self._step_loss += loss * micro_batch.batch.loss_scale
         return tuple(losses)
+
+    def _update(self, step: OptimizerStep) -> float:
+        norm = self.optimizer.update(step.learning_rate)
+        now = time.monotonic()
+        self._log_history.append(
+            {
+                "step": step.step + 1,
+                "epoch": step.epoch,
+                "loss": self._step_loss,
+                "learning_rate": step.learning_rate,
+                "grad_norm": norm,
+                "num_tokens": step.num_tokens,
+                "num_input_tokens": step.num_input_tokens,
+                "tokens_per_second": step.step_input_tokens / (now - self._step_started),
+                "time": time.time(),
+            }
+        )
+        self._step_loss, self._step_started = 0.0, now
+        return norm
 
     def _save(self, request: SaveRequest) -> None:
         """Copy the state; the writer thread puts it on disk while training goes on.
@@ -167,6 +198,7 @@ class Trainer:
             optimizer=self.optimizer.state(),
             counters=request.counters,
             rng=None,
+            log_history=[*self._log_history, *request.evaluations],
         )
         job = self.setup.job
         kinds: list[Literal["checkpoint", "final"]] = ["checkpoint"]
