@@ -29,10 +29,10 @@ lint: setup  ## ruff, mypy, import direction
 	@$(VENV)/bin/lint-imports
 
 bench-train: setup  ## finetuning speed of an idle engine against transformers + peft
-	@$(VENV)/bin/python -m benchmarks.train
+	@PYTHONPATH=examples $(VENV)/bin/python -m benchmarks.train
 
 bench-kernels: setup  ## each kernel against its plain-torch reference
-	@$(VENV)/bin/python -m benchmarks.kernels
+	@$(VENV)/bin/python -m benchmarks.kernels_cpu
 
 clean:  ## remove the environment, caches and demo output
 	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
