@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from harness.gradients import ALL_LINEAR, Case, Row, replace
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 FP32_TOLERANCE = 1e-5
@@ -81,6 +81,7 @@ MIXED = (SHORT, Row(300, 260, 300), LONG, Row(9000, 1, 130))
 def test_fp32_gradients_equal_pefts_for_any_adapter_chunks_and_windows(family, bench, worst):
     bench = bench(family)
 
+    @seed(FAMILIES.index(family))
     @DRAWS
     @given(case=cases)
     def check(case: Case) -> None:
@@ -174,6 +175,7 @@ def test_bf16_gradients_equal_pefts_for_any_chunks_and_windows(family, bench, wo
     """Scaling 1 and a thousand targets, as in training: what bf16 rounds off averages out."""
     bench = bench(family, "bfloat16")
 
+    @seed(FAMILIES.index(family))
     @settings(DRAWS, max_examples=6)
     @given(case=cases, rows=bf16_rows, rank=st.sampled_from((8, 16, 64)))
     def check(case: Case, rows: tuple[Row, ...], rank: int) -> None:
@@ -194,6 +196,7 @@ def test_bf16_gradients_of_any_adapter_are_as_near_to_fp32_as_pefts(family, benc
     would differ by more than a fixed bound: each is compared with PEFT in fp32."""
     bench = bench(family, "bfloat16")
 
+    @seed(FAMILIES.index(family))
     @settings(DRAWS, max_examples=6)
     @given(case=cases)
     def check(case: Case) -> None:
