@@ -158,9 +158,7 @@ def measure(kind: str, arguments: argparse.Namespace, work: Path) -> float:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    done = subprocess.run(
-        command, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    done = subprocess.run(command, env=environment, check=False, capture_output=True)
     if done.returncode:
         sys.exit(f"{kind} failed:\n{done.stderr.decode()[-4000:]}")
     return float(done.stdout.decode().splitlines()[-1])

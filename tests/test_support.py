@@ -114,11 +114,16 @@ def test_other_vllm_version_is_refused(model, monkeypatch):
     assert "vLLM 0.33.0" in refusal(model)
 
 
-@pytest.mark.parametrize("device", ["rocm", "xpu"])
+def test_model_runner_v2_is_refused_with_the_setting_that_avoids_it(model, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "Model Runner V2" in refusal(model)
+
+
+@pytest.mark.parametrize("device", ["rocm", "xpu", "cuda"])
 def test_other_platform_is_refused(model, monkeypatch, device):
     monkeypatch.setattr(current_platform, "device_type", device, raising=False)
     monkeypatch.setattr(current_platform, "device_name", device, raising=False)
-    assert f"platform {device}: use one of: cpu, cuda" in refusal(model)
+    assert f"platform {device}: use one of: cpu" in refusal(model)
 
 
 @pytest.mark.parametrize(
