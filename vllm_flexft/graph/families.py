@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_flexft.graph.ops import LayerGraph, ModelShape, Op
+
 # PEFT's module names -> (vLLM's packed module, index of its slice there, PEFT's parent module).
 TARGETS: dict[str, tuple[str, int, str]] = {
     "q_proj": ("qkv_proj", 0, "self_attn"),
@@ -40,6 +42,72 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen3ForCausalLM", qk_norm=True),
     )
 }
+
+
+def layer_graph(family: Family, shape: ModelShape, context: int) -> LayerGraph:
+    """One decoder layer of the family. `context`: keys a query attends to, for FLOP only.
+
+    With qk-norm the backward of the norms reads the projections before them; without it, only the
+    queries as attention sees them, which rope gives from the projections at no cost worth counting.
+    """
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    norm_reads = ("qkv",) if family.qk_norm else ()
+    ops = (
+        Op("input_norm", ("residual_in",), "h_attention", 4.0 * hidden, reads=("residual_in",)),
+        Op(
+            "qkv_proj",
+            ("h_attention",),
+            "qkv",
+            2.0 * hidden * (query + 2 * key),
+            bypass_reads=("h_attention",),
+            targets=("q_proj", "k_proj", "v_proj"),
+        ),
+        Op("rope", ("qkv",), "q", 4.0 * query, reads=norm_reads),
+        Op(
+            "attention",
+            ("q", "k", "v"),
+            "attention",
+            4.0 * query * context / 2,
+            reads=("q", "k", "v"),
+        ),
+        Op(
+            "o_proj",
+            ("attention",),
+            "attention_out",
+            2.0 * query * hidden,
+            bypass_reads=("attention",),
+            targets=("o_proj",),
+        ),
+        Op("add_attention", ("residual_in", "attention_out"), "residual_mid", hidden),
+        Op("post_norm", ("residual_mid",), "h_mlp", 4.0 * hidden, reads=("residual_mid",)),
+        Op(
+            "gate_up_proj",
+            ("h_mlp",),
+            "gate_up",
+            4.0 * hidden * mlp,
+            bypass_reads=("h_mlp",),
+            targets=("gate_proj", "up_proj"),
+        ),
+        Op("silu_mul", ("gate_up",), "act", 6.0 * mlp, reads=("gate_up",)),
+        Op(
+            "down_proj",
+            ("act",),
+            "mlp_out",
+            2.0 * mlp * hidden,
+            bypass_reads=("act",),
+            targets=("down_proj",),
+        ),
+        Op("add_mlp", ("residual_mid", "mlp_out"), "residual_out", hidden),
+    )
+    widths = {
+        "residual_in": hidden,
+        "qkv": query + key if family.qk_norm else query,
+        "attention": query,
+        "residual_mid": hidden,
+        "gate_up": 2 * mlp,
+    }
+    return LayerGraph(ops, widths)
 
 
 def family_of(architecture: str) -> Family:
