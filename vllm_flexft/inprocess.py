@@ -39,9 +39,10 @@ def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]
     names = {entry.job.name for entry in config.jobs if entry.job is not None}
     next_look = 0.0
     while True:
-        worked = core is not None and core.scheduler.has_requests()
-        if worked:
+        worked = False
+        if core is not None and core.scheduler.has_requests():
             core.step_fn()
+            worked = True
         now = time.monotonic()
         if now >= next_look or not worked:
             next_look = now + POLL_S

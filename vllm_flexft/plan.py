@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_flexft.config import FinetuneJob
+from vllm_flexft.config import ActivationPolicy, FinetuneJob
 
 PLAN_ATTRIBUTE = "flexft_plan"  # on SchedulerOutput
 RESULT_ATTRIBUTE = "flexft_result"  # on ModelRunnerOutput
@@ -35,6 +35,7 @@ class OpenJob:
     window: int  # tokens of a backward window
     lane_tokens: int  # capacity of an activation lane = most tokens of a micro-batch
     num_lanes: int
+    activation_policy: ActivationPolicy
     resume_from: str | None  # a checkpoint folder
 
 

@@ -150,3 +150,39 @@ def _mask(scores: Tensor, offset: int, sliding_window: int | None) -> None:
         left = torch.ones(n, num_left, dtype=torch.bool, device=scores.device)
         left.tril_(offset - sliding_window)
         scores[..., :num_left].masked_fill_(left.unsqueeze(1), -torch.inf)
+
+
+def attention_varlen(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    segments: Iterable[tuple[int, int, int, int]],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of a window, where the forward's output was not kept; (T, H, E).
+
+    Arguments as of `attention_backward_varlen`. Torch's own attention does the work, a segment at
+    a time, with a (queries, keys) mask.
+    """
+    out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+    for row_start, row_stop, key_start, q_start in segments:
+        rows = slice(row_start, row_stop)
+        first = _first_key(q_start, sliding_window)
+        stop = q_start + row_stop - row_start
+        keys = slice(key_start + first, key_start + stop)
+        position = torch.arange(q_start, stop, device=q_THE.device)[:, None]
+        key = torch.arange(first, stop, device=q_THE.device)[None, :]
+        visible = key <= position
+        if sliding_window is not None:
+            visible &= key > position - sliding_window
+        out_THE[rows] = torch.nn.functional.scaled_dot_product_attention(
+            q_THE[rows].transpose(0, 1)[None],
+            k_TKE[keys].transpose(0, 1)[None].to(q_THE.dtype),
+            v_TKE[keys].transpose(0, 1)[None].to(q_THE.dtype),
+            attn_mask=visible,
+            scale=scale,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+    return out_THE

@@ -221,17 +221,24 @@ def _cut_up(case: Case) -> Iterator[None]:
     from vllm_flexft.train import trainer
 
     budgets = itertools.cycle(case.budgets)
-    choose = trainer.choose_stored
+    plan = trainer.plan_memory
 
-    def choose_stored(*args: Any) -> tuple[str, ...]:
-        return tuple(name for name in choose(*args) if name not in case.recomputed)
+    def plan_memory(*args: Any, **kwargs: Any) -> Any:
+        """The plan, without what the case wants recomputed; `residual_in` leads to all of it."""
+        made = plan(*args, **kwargs)
+        for layer, choice in made.kept.items():
+            names = {name for name in choice.kept if name not in case.recomputed}
+            if names != set(choice.kept):
+                kept = tuple(n for n in made.graph.widths if n in names | {"residual_in"})
+                made.kept[layer] = dataclasses.replace(choice, kept=kept)
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "WINDOW", case.window)
         patch.setattr(scheduler, "MIN_LANE_TOKENS", case.lane_tokens)
         patch.setattr(run, "MIN_CHUNK", case.min_chunk)
         patch.setattr(planner.Planner, "budget", lambda _self, _load: next(budgets))
-        patch.setattr(trainer, "choose_stored", choose_stored)
+        patch.setattr(trainer, "plan_memory", plan_memory)
         yield
 
 

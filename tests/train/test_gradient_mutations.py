@@ -21,7 +21,7 @@ CLEAR = 10 * TOLERANCE  # what a mutation has to reach: far above rounding
 # One micro-batch of 35, 178 and 153 tokens (by Llama's tokenizer) in six windows.
 CASE = Case((Row(0, 60, 60), Row(300, 260, 300), Row(3000, 200, 300)), alpha=12, window=61)
 SEVERAL_MICRO_BATCHES = dataclasses.replace(CASE, lane_tokens=1)
-RECOMPUTING = dataclasses.replace(CASE, recomputed=("gate_up", "qkv"))
+RECOMPUTING = dataclasses.replace(CASE, recomputed=("gate_up", "qkv", "attention", "residual_mid"))
 
 Patch = pytest.MonkeyPatch
 Mutation = Callable[[Patch], None]
@@ -181,9 +181,9 @@ def adapters_left_out_of_dx(patch: Patch) -> None:
 
 
 def adapters_left_out_of_recomputation(patch: Patch) -> None:
-    from vllm_flexft.train.layer import LayerBackward
+    from vllm_flexft.train.window import LayerForward
 
-    patch.setattr(LayerBackward, "_forward", lambda _self, linear, x: linear.apply(x))
+    patch.setattr(LayerForward, "linear", lambda _self, linear, x: linear.apply(x))
 
 
 def scaling_of_b_missing(patch: Patch) -> None:

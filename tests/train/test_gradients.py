@@ -68,7 +68,15 @@ cases = st.builds(
         st.sampled_from((17.0, 40.0, 99.0, 300.0, 1000.0)), min_size=1, max_size=7
     ).map(tuple),
     min_chunk=st.sampled_from((1, 16)),
-    recomputed=st.sampled_from([(), ("gate_up",), ("qkv",), ("gate_up", "qkv")]),
+    recomputed=st.sampled_from(
+        [
+            (),
+            ("gate_up",),
+            ("qkv",),
+            ("residual_mid",),
+            ("gate_up", "qkv", "attention", "residual_mid"),
+        ]
+    ),
     drop_blocks_at=step_numbers,
     requests_at=step_numbers,
 )

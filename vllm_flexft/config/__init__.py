@@ -16,12 +16,13 @@ from vllm_flexft.config.dataset import (
 from vllm_flexft.config.errors import JobError
 from vllm_flexft.config.job import FinetuneJob, SLOConfig
 from vllm_flexft.config.peft import LINEAR_MODULES, PeftConfig
-from vllm_flexft.config.server import ServerOptions
+from vllm_flexft.config.server import ActivationPolicy, ServerOptions
 from vllm_flexft.config.training import TrainingConfig
 
 __all__ = [
     "DEFAULT_MAX_LENGTH",
     "LINEAR_MODULES",
+    "ActivationPolicy",
     "DatasetConfig",
     "DatasetFormat",
     "FinetuneJob",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from vllm_flexft.config.base import FilePath, Section
 from vllm_flexft.config.errors import JobError, explain
 
+ActivationPolicy = Literal["auto", "fast", "minimal", "offload"]
 STATE_DIR_VARIABLE = "VLLM_FLEXFT_STATE_DIR"
 
 
@@ -35,6 +36,11 @@ class ServerOptions(Section):
     )
     memory_gib: float | None = Field(
         None, gt=0, description="null (what the engine leaves free), or GiB > 0"
+    )
+    activation_policy: ActivationPolicy = Field(
+        "auto",
+        description="auto (keep what fits memory_gib, recompute the rest), fast (keep all that is "
+        "read), minimal (recompute all that can be), or offload (keep all, in host memory)",
     )
     max_jobs_at_once: int = Field(1, ge=1, description="an integer >= 1")
     max_rows_in_flight: int = Field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 CACHED = frozenset({"k", "v"})  # in the paged KV cache: never kept a second time
 
@@ -67,21 +68,19 @@ class ModelShape:
     tied_embeddings: bool
 
     @classmethod
-    def from_hf_config(cls, config: object) -> ModelShape:
+    def from_hf_config(cls, config: Any) -> ModelShape:
         """`config`: a transformers config of one of the supported families."""
-        get = vars(config).get if not isinstance(config, Mapping) else config.get
-        heads, hidden = get("num_attention_heads"), get("hidden_size")
-        architectures = get("architectures") or ["unknown"]
+        heads, hidden = config.num_attention_heads, config.hidden_size
         return cls(
-            architecture=architectures[0],
-            num_layers=get("num_hidden_layers"),
+            architecture=(config.architectures or ["unknown"])[0],
+            num_layers=config.num_hidden_layers,
             hidden_size=hidden,
             num_heads=heads,
-            num_kv_heads=get("num_key_value_heads") or heads,
-            head_dim=get("head_dim") or hidden // heads,
-            intermediate_size=get("intermediate_size"),
-            vocab_size=get("vocab_size"),
-            tied_embeddings=bool(get("tie_word_embeddings")),
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         )
 
     @property

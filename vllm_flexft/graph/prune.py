@@ -20,10 +20,12 @@ class LayerNeeds:
     Attributes:
         backward_ops: names of ops whose backward runs, for an input's gradient or an adapter's.
         reads: tensor -> names of the ops that read it.
+        input_grads: tensors that have a trainable ancestor: their gradient is formed.
     """
 
     backward_ops: tuple[str, ...]
     reads: dict[str, tuple[str, ...]]
+    input_grads: frozenset[str]
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -53,4 +55,6 @@ def prune(graph: LayerGraph, targets: Collection[str], below: bool) -> LayerNeed
             needed.update(op.bypass_reads)
         for tensor in sorted(needed):
             reads.setdefault(tensor, []).append(op.name)
-    return LayerNeeds(tuple(backward_ops), {t: tuple(ops) for t, ops in reads.items()})
+    return LayerNeeds(
+        tuple(backward_ops), {t: tuple(ops) for t, ops in reads.items()}, frozenset(wants_grad)
+    )

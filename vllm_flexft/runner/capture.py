@@ -73,11 +73,7 @@ class Capture:
     def _copy(self, layer: int, name: str, source: Tensor) -> None:
         try:
             for rows in self.rows:
-                target = self._store.lanes[rows.lane][layer, name]
-                width = target.shape[1]
-                target[rows.to : rows.to + rows.stop - rows.start] = source[
-                    rows.start : rows.stop, :width
-                ]
+                self._store.write(rows.lane, layer, name, rows.to, source[rows.start : rows.stop])
         except Exception as error:
             self.error = self.error or error
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vllm_flexft.graph.families import family_of
+from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.runner.base_weight import input_grad_of
 from vllm_flexft.runner.kv_reader import kv_reader_for
 from vllm_flexft.train.model import (
@@ -48,6 +49,7 @@ def served_model(
     config = vllm_config.model_config
     return ServedModel(
         family=family,
+        shape=ModelShape.from_hf_config(config.hf_text_config),
         layers=layers,
         final_norm=_norm(inner.norm),
         lm_head=head_weight.data,

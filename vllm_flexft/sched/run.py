@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vllm_flexft.config import FinetuneJob
+from vllm_flexft.config import ActivationPolicy, FinetuneJob
 from vllm_flexft.data.dataset import TrainingData, TrainingSequence
 from vllm_flexft.plan import (
     BackwardSlices,
@@ -44,6 +44,7 @@ class Limits:
     lowest_layer: int
     kv_blocks: int  # of each KV-cache group, that may be lent when no request holds any
     block_size: int  # tokens
+    activation_policy: ActivationPolicy
 
 
 @dataclass(slots=True)
@@ -345,6 +346,7 @@ class FinetuneRun:
             window=limits.window,
             lane_tokens=limits.lane_tokens,
             num_lanes=limits.num_lanes,
+            activation_policy=limits.activation_policy,
             resume_from=str(prepared.resume_from) if prepared.resume_from else None,
         )
         return StepPlan(job_id=prepared.job_id, open_job=setup), work

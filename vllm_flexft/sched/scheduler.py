@@ -218,6 +218,7 @@ class CoServeMixin(_SchedulerBase):
             lowest_layer=prepared.lowest_layer,
             kv_blocks=self._lendable_blocks,
             block_size=self.block_size,
+            activation_policy=self._co_serve.options.activation_policy,
         )
         # a new number for each opening: vLLM must never take one adapter for another
         lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened

@@ -1,102 +1,88 @@
-"""What the forward pass leaves behind for the backward pass.
+"""What the forward pass leaves behind for the backward pass: the activation arena.
 
-A lane holds one micro-batch: for every captured (layer, tensor) a buffer of `lane_tokens` rows,
+A lane holds one micro-batch: for every kept (layer, tensor) a buffer of `lane_tokens` rows,
 allocated once when the job opens. Rows are filled by the capture hooks, chunk by chunk, in any
-order. Keys and values are not here: they are read back from the paged cache.
+order. Which tensors a layer keeps is the memory plan's choice (graph/memory.py); keys and values
+are never among them, they are read back from the paged cache.
 
-Tensors a layer may leave (Legend: T tokens, D hidden, H query heads, K KV heads, E head dim,
-F MLP width):
+Legend: T tokens, D hidden, H query heads, K KV heads, E head dim, F MLP width.
     residual_in   (T, D)   input of the layer, before its norm
-    qkv           (T, (H+2K)E) or its leading part: projections before qk-norm and rope
+    qkv           (T, H E), with qk-norm (T, (H+K)E): projections before qk-norm and rope
     attention     (T, H E) attention output, input of o_proj
     residual_mid  (T, D)   after attention was added, before the MLP's norm
     gate_up       (T, 2F)  input of the gated activation
-and the stage above the last layer leaves `residual_in` only: the input of the final norm.
+The stage above the last layer leaves `residual_in` only: the input of the final norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from vllm_flexft.train.model import ServedModel
+from vllm_flexft.graph.memory import MemoryPlan
 
-RECOMPUTABLE = ("gate_up", "qkv")  # cheapest bytes-for-FLOP first
-
-
-def tensor_widths(model: ServedModel) -> dict[str, int]:
-    """Columns of each captured tensor of a layer."""
-    layer = model.layers[0]
-    geometry = layer.attention
-    query = geometry.num_heads * geometry.head_dim
-    key = geometry.num_kv_heads * geometry.head_dim
-    return {
-        "residual_in": model.hidden_size,
-        # the backward of a norm reads its input, so qk-norm keeps the keys' projections as well
-        "qkv": query + key if model.family.qk_norm else query,
-        "attention": query,
-        "residual_mid": model.hidden_size,
-        "gate_up": sum(layer.gate_up_proj.splits),
-    }
-
-
-def bytes_per_token(model: ServedModel, lowest_layer: int, stored: Iterable[str]) -> int:
-    widths = tensor_widths(model)
-    per_layer = sum(widths[name] for name in stored)
-    layers = len(model.layers) - lowest_layer
-    return (per_layer * layers + widths["residual_in"]) * model.dtype.itemsize
-
-
-def choose_stored(
-    model: ServedModel, lowest_layer: int, tokens: int, budget_bytes: float
-) -> tuple[str, ...]:
-    """The tensors to keep under a byte budget; what does not fit is recomputed in the backward.
-
-    Raises ValueError when not even the least set fits, with the budget that would do.
-    """
-    stored = list(tensor_widths(model))
-    for name in (None, *RECOMPUTABLE):
-        if name is not None:
-            stored.remove(name)
-        need = bytes_per_token(model, lowest_layer, stored) * tokens
-        if need <= budget_bytes:
-            return tuple(stored)
-    raise ValueError(
-        f"activations of {tokens} tokens need {need / 2**30:.3f} GiB, the budget is "
-        f"{budget_bytes / 2**30:.3f} GiB; raise memory_gib or lower dataset.max_length"
-    )
+Key = tuple[int, str]  # layer (or the number of layers: the final norm), tensor
 
 
 class ActivationStore:
-    """Lanes of captured activations; rows are tokens of a micro-batch, in its order."""
+    """Lanes of captured activations; rows are tokens of a micro-batch, in its order.
+
+    Args:
+        offload: keep them in (pinned) host memory; rows come to the device when they are read.
+    """
 
     def __init__(
         self,
-        model: ServedModel,
-        lowest_layer: int,
-        stored: tuple[str, ...],
+        plan: MemoryPlan,
         lane_tokens: int,
         num_lanes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        offload: bool = False,
     ) -> None:
-        widths = tensor_widths(model)
-        top = len(model.layers)
-        keys = [(layer, name) for layer in range(lowest_layer, top) for name in stored]
-        keys.append((top, "residual_in"))
-        self.stored = frozenset(stored)
-        self.lanes: list[dict[tuple[int, str], Tensor]] = [
+        assert dtype.itemsize == plan.itemsize
+        widths = plan.graph.widths
+        keys = [(layer, name) for layer, choice in plan.kept.items() for name in choice.kept]
+        keys.append((max(plan.kept) + 1, "residual_in"))
+        self._device = device
+        place = torch.device("cpu") if offload else device
+        self._lanes: list[dict[Key, Tensor]] = [
             {
-                (layer, name): torch.empty(
-                    lane_tokens, widths[name], dtype=model.dtype, device=model.device
+                key: torch.empty(
+                    lane_tokens,
+                    widths[key[1]],
+                    dtype=dtype,
+                    device=place,
+                    pin_memory=offload and device.type == "cuda",
                 )
-                for layer, name in keys
+                for key in keys
             }
             for _ in range(num_lanes)
         ]
 
-    def holds(self, layer: int, name: str) -> bool:
-        return (layer, name) in self.lanes[0]
+    @property
+    def num_bytes(self) -> int:
+        """Of all lanes."""
+        return sum(t.numel() * t.element_size() for lane in self._lanes for t in lane.values())
 
-    def rows(self, lane: int, layer: int, name: str, start: int, stop: int) -> Tensor:
-        return self.lanes[lane][layer, name][start:stop]
+    def holds(self, layer: int, name: str) -> bool:
+        return (layer, name) in self._lanes[0]
+
+    def write(self, lane: int, layer: int, name: str, start: int, source: Tensor) -> None:
+        """Rows from `start` on; columns of `source` beyond the tensor's width are dropped."""
+        target = self._lanes[lane][layer, name]
+        target[start : start + source.shape[0]] = source[:, : target.shape[1]]
+
+    def window(self, lane: int, layer: int, start: int, stop: int) -> dict[str, Tensor]:
+        """Name -> rows [start, stop) of everything that the layer keeps, on the device."""
+        return {
+            name: tensor[start:stop].to(self._device, non_blocking=True)
+            for (at, name), tensor in self._lanes[lane].items()
+            if at == layer
+        }
+
+    def pick(self, lane: int, layer: int, name: str, rows: Tensor) -> Tensor:
+        """The given rows (n,) of one tensor, on the device."""
+        tensor = self._lanes[lane][layer, name]
+        return tensor[rows.to(tensor.device)].to(self._device, non_blocking=True)

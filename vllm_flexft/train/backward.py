@@ -17,8 +17,9 @@ from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
 from vllm_flexft.graph.grid import BackwardGrid, Slice
 from vllm_flexft.plan import MicroBatch
 from vllm_flexft.train.activations import ActivationStore
-from vllm_flexft.train.layer import LayerBackward, LayerInputs
+from vllm_flexft.train.layer import LayerBackward
 from vllm_flexft.train.model import AttentionGeometry, ServedModel
+from vllm_flexft.train.window import LayerInputs
 
 
 class MicroBatchBackward:
@@ -90,13 +91,8 @@ class MicroBatchBackward:
         assert self._kv is not None
         assert self._kv_grads is not None
         (k, v), (dk, dv) = self._kv, self._kv_grads
-        names = self._store.stored
-        captured = {
-            name: self._store.rows(self.batch.lane, part.stage, name, part.start, part.stop)
-            for name in names
-        }
         inputs = LayerInputs(
-            captured=captured,
+            kept=self._store.window(self.batch.lane, part.stage, part.start, part.stop),
             positions=self._positions_T[part.start : part.stop],
             segments=self._segments(part),
             start=part.start,
@@ -119,7 +115,7 @@ class MicroBatchBackward:
             return
         rows_N, targets_N = self._loss_rows_N[first:last], self._targets_N[first:last]
         norm = self.model.final_norm
-        x_ND = self._store.lanes[batch.lane][top, "residual_in"][rows_N]
+        x_ND = self._store.pick(batch.lane, top, "residual_in", rows_N)
         loss, correct, dh_ND = linear_cross_entropy(
             rms_norm(x_ND, norm.weight, norm.eps),
             self.model.lm_head,
@@ -130,7 +126,7 @@ class MicroBatchBackward:
         )
         self.loss_sum += loss
         self.num_correct += correct
-        if batch.train:
+        if dh_ND is not None:
             dx_ND = torch.empty(dh_ND.shape, dtype=torch.float32, device=dh_ND.device)
             rms_norm_backward(dh_ND, x_ND, norm.weight, norm.eps, out=dx_ND)
             self._d_residual_TD[rows_N] = dx_ND

@@ -1,7 +1,8 @@
 """Backward of one decoder layer over one window of tokens, op by op, without autograd.
 
-Mirrors the forward of `graph/families.py` from bottom to top. Only what some trainable adapter
-needs is computed: nothing below the lowest adapter, no dX that no one reads.
+Runs what static analysis left of the layer (graph/prune.py): nothing below the lowest adapter, no
+gradient that no one reads. Tensors that were not kept are formed again when first read, by the
+ops of the forward.
 Legend: W window tokens, T micro-batch tokens, D hidden, H query heads, K KV heads, E head dim,
 F MLP width.
 """
@@ -15,42 +16,26 @@ from torch import Tensor
 
 from flexft_kernels.attention import attention_backward_varlen
 from flexft_kernels.lora import lora_backward
-from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
-from flexft_kernels.rope import apply_rope, rope_backward
-from flexft_kernels.silu_mul import silu_mul, silu_mul_backward
-from vllm_flexft.train.adapter import LoraLinear, TrainableAdapter
+from flexft_kernels.rms_norm import rms_norm_backward
+from flexft_kernels.rope import rope_backward
+from flexft_kernels.silu_mul import silu_mul_backward
+from vllm_flexft.graph.prune import LayerNeeds
+from vllm_flexft.train.adapter import TrainableAdapter
 from vllm_flexft.train.model import DecoderLayer, FrozenLinear, RMSNorm
-
-ATTENTION_INPUTS = ("qkv_proj",)
-MLP_LINEARS = ("gate_up_proj", "down_proj")
+from vllm_flexft.train.window import LayerForward, LayerInputs, WindowTensors
 
 
 @dataclass(slots=True)
-class LayerInputs:
-    """What the window's backward reads: captured rows and the layer's keys and values.
-
-    `captured` lacks what the plan recomputes.
-    """
-
-    captured: dict[str, Tensor]  # name -> (W, width)
-    positions: Tensor  # (W,) position of each token in its sequence
-    segments: list[tuple[int, int, int, int]]  # (row start, row stop, key start, q start)
-    start: int  # first token of the window in the micro-batch
-    k_TKE: Tensor
-    v_TKE: Tensor
-    dk_TKE: Tensor  # fp32, accumulated over the layer's windows
-    dv_TKE: Tensor
-
-
 class LayerBackward:
-    """One decoder layer with its adapters. `below`: layers below need this layer's dX."""
+    """One decoder layer with its adapters and what its backward has to do."""
 
-    def __init__(self, layer: DecoderLayer, adapter: TrainableAdapter) -> None:
-        self.layer = layer
-        self.adapters = adapter.linears.get(layer.index, {})
-        self.below = layer.index > adapter.lowest_layer
-        self.needs_qkv = self.below or "qkv_proj" in self.adapters
-        self.needs_attention = self.needs_qkv or "o_proj" in self.adapters
+    layer: DecoderLayer
+    adapters: LayerForward
+    needs: LayerNeeds
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, adapter: TrainableAdapter, needs: LayerNeeds) -> LayerBackward:
+        return cls(layer, LayerForward(layer, adapter), needs)
 
     def window(self, dy_WD: Tensor, inputs: LayerInputs) -> Tensor | None:
         """dY of the layer's output -> dX of its input, (W, D) fp32; None when no layer below
@@ -58,62 +43,39 @@ class LayerBackward:
 
         Adds to the adapters' gradients and to `inputs.dk_TKE`, `inputs.dv_TKE`.
         """
-        x_mid_WD = inputs.captured["residual_mid"]
-        d_mid_WD = self._mlp(dy_WD, x_mid_WD, inputs.captured.get("gate_up"))
+        tensors = WindowTensors(self.adapters, inputs)
+        d_mid_WD = self._mlp(dy_WD, tensors)
         if d_mid_WD is None:
             return None
-        d_attention = self._linear(
-            self.layer.o_proj, d_mid_WD, inputs.captured["attention"], self.needs_qkv
-        )
+        d_attention = self._linear(self.layer.o_proj, d_mid_WD, tensors, "attention")
         if d_attention is None:
             return None
-        return self._attention(d_attention, d_mid_WD, inputs)
+        return self._attention(d_attention, d_mid_WD, tensors, inputs)
 
-    def _mlp(self, dy_WD: Tensor, x_WD: Tensor, gate_up_W2F: Tensor | None) -> Tensor | None:
+    def _mlp(self, dy_WD: Tensor, tensors: WindowTensors) -> Tensor | None:
+        """Through the MLP and past it; None when nothing before it is trained."""
         layer = self.layer
-        needs_dx = self.needs_attention
-        if not needs_dx and not any(name in self.adapters for name in MLP_LINEARS):
-            return None
-        h_WD = None
-        if gate_up_W2F is None or "gate_up_proj" in self.adapters:
-            h_WD = rms_norm(x_WD, layer.post_norm.weight, layer.post_norm.eps)
-        if gate_up_W2F is None:
-            gate_up_W2F = self._forward(layer.gate_up_proj, h_WD)
-        act_WF = silu_mul(gate_up_W2F) if "down_proj" in self.adapters else None
-        needs_gate_up = needs_dx or "gate_up_proj" in self.adapters
-        dact_WF = self._linear(layer.down_proj, dy_WD, act_WF, needs_gate_up)
+        dact_WF = self._linear(layer.down_proj, dy_WD, tensors, "act")
         if dact_WF is None:
             return None
-        dgate_up_W2F = silu_mul_backward(dact_WF, gate_up_W2F)
-        dh_WD = self._linear(layer.gate_up_proj, dgate_up_W2F, h_WD, needs_dx)
+        dgate_up_W2F = silu_mul_backward(dact_WF, tensors["gate_up"])
+        dh_WD = self._linear(layer.gate_up_proj, dgate_up_W2F, tensors, "h_mlp")
         if dh_WD is None:
             return None
-        return _through_norm(layer.post_norm, dh_WD, x_WD, dy_WD)
+        return _through_norm(layer.post_norm, dh_WD, tensors["residual_mid"], dy_WD)
 
-    def _attention(self, dout_WHE: Tensor, d_mid_WD: Tensor, inputs: LayerInputs) -> Tensor | None:
+    def _attention(
+        self, dout: Tensor, d_mid_WD: Tensor, tensors: WindowTensors, inputs: LayerInputs
+    ) -> Tensor | None:
         layer, geometry = self.layer, self.layer.attention
         heads, kv_heads, dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
-        window = dout_WHE.shape[0]
-        x_WD = inputs.captured["residual_in"]
-        qkv = inputs.captured.get("qkv")
-        h_WD = None
-        if qkv is None or "qkv_proj" in self.adapters:
-            h_WD = rms_norm(x_WD, layer.input_norm.weight, layer.input_norm.eps)
-        if qkv is None:
-            qkv = self._forward(layer.qkv_proj, h_WD)
-        cos_sin_WE = geometry.cos_sin_cache[inputs.positions]
-
-        q_raw_WHE = qkv[:, : heads * dim].reshape(window, heads, dim)
-        q_WHE = q_raw_WHE
-        if layer.q_norm is not None:
-            q_WHE = rms_norm(q_raw_WHE, layer.q_norm.weight, layer.q_norm.eps)
-        q_WHE = apply_rope(q_WHE, cos_sin_WE)
+        window = dout.shape[0]
         dq_WHE = attention_backward_varlen(
-            dout_WHE.view(window, heads, dim),
-            q_WHE,
+            dout.view(window, heads, dim),
+            tensors["q"],
             inputs.k_TKE,
             inputs.v_TKE,
-            inputs.captured["attention"].view(window, heads, dim),
+            None,
             inputs.segments,
             scale=geometry.scale,
             sliding_window=geometry.sliding_window,
@@ -121,14 +83,15 @@ class LayerBackward:
             dv_TKE=inputs.dv_TKE,
         )
         rows = slice(inputs.start, inputs.start + window)
-        dtype = layer.qkv_proj.dtype
-        dq_WHE = rope_backward(dq_WHE, cos_sin_WE)
-        dk_WKE = rope_backward(inputs.dk_TKE[rows], cos_sin_WE)
+        dq_WHE = rope_backward(dq_WHE, tensors.cos_sin)
+        dk_WKE = rope_backward(inputs.dk_TKE[rows], tensors.cos_sin)
         if layer.q_norm is not None and layer.k_norm is not None:
-            k_raw_WKE = qkv[:, heads * dim : (heads + kv_heads) * dim]
-            k_raw_WKE = k_raw_WKE.reshape(window, kv_heads, dim)
-            dq_WHE = rms_norm_backward(dq_WHE, q_raw_WHE, layer.q_norm.weight, layer.q_norm.eps)
-            dk_WKE = rms_norm_backward(dk_WKE, k_raw_WKE, layer.k_norm.weight, layer.k_norm.eps)
+            qkv = tensors["qkv"]
+            q_raw = qkv[:, : heads * dim].reshape(window, heads, dim)
+            k_raw = qkv[:, heads * dim : (heads + kv_heads) * dim].reshape(window, kv_heads, dim)
+            dq_WHE = rms_norm_backward(dq_WHE, q_raw, layer.q_norm.weight, layer.q_norm.eps)
+            dk_WKE = rms_norm_backward(dk_WKE, k_raw, layer.k_norm.weight, layer.k_norm.eps)
+        dtype = layer.qkv_proj.dtype
         dqkv = torch.cat(
             [
                 dq_WHE.reshape(window, -1).to(dtype),
@@ -137,22 +100,22 @@ class LayerBackward:
             ],
             dim=1,
         )
-        dh_WD = self._linear(layer.qkv_proj, dqkv, h_WD, self.below)
+        dh_WD = self._linear(layer.qkv_proj, dqkv, tensors, "h_attention")
         if dh_WD is None:
             return None
-        return _through_norm(layer.input_norm, dh_WD, x_WD, d_mid_WD)
+        return _through_norm(layer.input_norm, dh_WD, tensors["residual_in"], d_mid_WD)
 
     def _linear(
-        self, linear: FrozenLinear, dy: Tensor, x: Tensor | None, needs_dx: bool
+        self, linear: FrozenLinear, dy: Tensor, tensors: WindowTensors, x_name: str
     ) -> Tensor | None:
-        """Backward of a base linear and the adapters on it; dX only when it is read."""
+        """Backward of a base linear with input `x_name` and the adapters on it; dX only when it
+        is read."""
         dy = dy.to(linear.dtype)
-        dx = linear.input_grad(dy) if needs_dx else None
-        for lora in self._parts(linear):
-            assert x is not None
+        dx = linear.input_grad(dy) if self._wants(x_name) else None
+        for lora in self.adapters.parts(linear):
             lora_backward(
                 dy[:, lora.part],
-                x,
+                tensors[x_name],
                 lora.slot.a,
                 lora.slot.b,
                 1.0,  # the slot's B carries the scaling
@@ -162,16 +125,8 @@ class LayerBackward:
             )
         return dx
 
-    def _forward(self, linear: FrozenLinear, x: Tensor | None) -> Tensor:
-        """Recompute what was not kept."""
-        assert x is not None
-        y = linear.apply(x)
-        for lora in self._parts(linear):
-            y[:, lora.part] += (x @ lora.slot.a.T) @ lora.slot.b.T
-        return y
-
-    def _parts(self, linear: FrozenLinear) -> list[LoraLinear]:
-        return self.adapters.get(linear.name.rsplit(".", 1)[-1], [])
+    def _wants(self, tensor: str) -> bool:
+        return tensor in self.needs.input_grads
 
 
 def _through_norm(norm: RMSNorm, dh_WD: Tensor, x_WD: Tensor, skip_WD: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_flexft.graph.families import Family
+from vllm_flexft.graph.ops import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     family: Family
+    shape: ModelShape
     layers: tuple[DecoderLayer, ...]
     final_norm: RMSNorm
     lm_head: Tensor  # (V padded, D)

@@ -15,7 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.grid import BackwardGrid
+from vllm_flexft.graph.memory import (
+    MemoryPlan,
+    plan_memory,
+    training_state_bytes,
+    working_bytes,
+)
 from vllm_flexft.plan import (
     MicroBatch,
     MicroBatchLoss,
@@ -29,7 +36,7 @@ from vllm_flexft.plan import (
 from vllm_flexft.publish.adapter_files import read_adapter
 from vllm_flexft.publish.checkpoint import TrainState, read_checkpoint
 from vllm_flexft.publish.writer import CheckpointWriter, WriteRequest
-from vllm_flexft.train.activations import ActivationStore, choose_stored
+from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.adapter import Target, TrainableAdapter, targets_of
 from vllm_flexft.train.backward import MicroBatchBackward
 from vllm_flexft.train.layer import LayerBackward
@@ -57,6 +64,8 @@ class Trainer:
         make_slots: Callable[[list[Target]], list[LoraSlot]],
         memory_bytes: float,
     ) -> None:
+        """`memory_bytes`: for activations, gradients and optimizer; raises ValueError with the
+        number that would do where it is too little."""
         self.setup, self.model = setup, model
         peft = setup.job.peft
         targets = targets_of(model, peft)
@@ -64,12 +73,18 @@ class Trainer:
         self.optimizer = AdapterOptimizer(self.adapter, setup.job.training)
         self._restore()
         self.adapter.push()
-        lowest = self.adapter.lowest_layer
-        lane_budget = memory_bytes / setup.num_lanes
-        stored = choose_stored(model, lowest, setup.lane_tokens, lane_budget)
-        self.store = ActivationStore(model, lowest, stored, setup.lane_tokens, setup.num_lanes)
+        self.memory = self._plan_memory(memory_bytes)
+        self.store = ActivationStore(
+            self.memory,
+            setup.lane_tokens,
+            setup.num_lanes,
+            model.dtype,
+            model.device,
+            offload=setup.activation_policy == "offload",
+        )
         self._layers = {
-            layer.index: LayerBackward(layer, self.adapter) for layer in model.layers[lowest:]
+            index: LayerBackward.of(model.layers[index], self.adapter, needs)
+            for index, needs in self.memory.needs.items()
         }
         self._micro_batches: dict[int, MicroBatchBackward] = {}
         self._writer = CheckpointWriter()
@@ -77,6 +92,23 @@ class Trainer:
         self._step_started = time.monotonic()
         self._log_history: deque[dict[str, Any]] = deque(maxlen=LOG_HISTORY)
         self.error: str | None = None
+
+    def _plan_memory(self, memory_bytes: float) -> MemoryPlan:
+        """What the layers keep, with what is left of the budget after the rest is counted."""
+        setup, shape = self.setup, self.model.shape
+        peft, policy = setup.job.peft, setup.activation_policy
+        itemsize, tokens = self.model.dtype.itemsize, setup.lane_tokens * setup.num_lanes
+        state = training_state_bytes(self.adapter.master.numel(), setup.job.training.optim)
+        return plan_memory(
+            shape,
+            targets=target_names(peft.target_modules),
+            layers=target_layers(peft.layers_to_transform, shape.num_layers),
+            tokens=tokens,
+            context=setup.lane_tokens,
+            itemsize=itemsize,
+            budget_bytes=memory_bytes - state - working_bytes(shape, tokens, itemsize),
+            policy="fast" if policy == "offload" else policy,
+        )
 
     def _restore(self) -> None:
         """Checkpoint, else the adapter to start from, else a fresh initialisation."""
