@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+
+from vllm_flexft.cli import plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="check that vLLM finds the plugin")
     doctor.set_defaults(run=run_doctor)
+    plan.add_command(commands)
     return parser
 
 
@@ -30,7 +34,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:  # what the user gave; anything else is our bug
+        print(f"flexft {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

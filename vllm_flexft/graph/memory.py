@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -58,15 +59,18 @@ def plan_memory(
     tokens: int,
     context: int,
     itemsize: int,
-    budget_bytes: float,
+    memory_bytes: float,
+    other_bytes: float = 0.0,
     policy: Policy = "auto",
 ) -> MemoryPlan:
-    """Prune, then choose what to keep for `tokens` tokens under `budget_bytes`.
+    """Prune, then choose what to keep for `tokens` tokens under a budget.
 
     Args:
         targets: PEFT names of the adapted linears.
         layers: indices of the layers that carry them.
         context: tokens of a sequence, for the cost of recomputing attention.
+        memory_bytes: the budget.
+        other_bytes: what training takes of it besides activations.
 
     Raises:
         ValueError: not even the least that can be kept fits; names the budget that would do.
@@ -84,18 +88,19 @@ def plan_memory(
             frontiers[need.tensors] = frontier(graph, need)
     per_layer = [frontiers[need.tensors] for need in needs.values()]
     final = shape.hidden_size
-    budget = budget_bytes / itemsize / tokens - final
+    budget = (memory_bytes - other_bytes) / itemsize / tokens - final
     picked = choose(per_layer, policy, budget)
     if picked is None:
         index = -1 if policy == "fast" else 0
         numbers = sum(options[index].numbers for options in per_layer) + final
-        need_gib = numbers * itemsize * tokens / 2**30
-        remedy = "raise memory_gib or lower dataset.max_length"
+        gib = (numbers * itemsize * tokens + other_bytes) / 2**30
+        enough = math.ceil(gib * 1000) / 1000
+        remedy = f"give it memory_gib {enough:g}, or lower dataset.max_length"
         if policy == "fast":
-            remedy = 'set activation_policy to "auto", ' + remedy
+            remedy += ", or set activation_policy to auto"
         raise ValueError(
-            f"activations of {tokens} tokens need {need_gib:.3f} GiB, the budget is "
-            f"{max(budget_bytes, 0.0) / 2**30:.3f} GiB; {remedy}"
+            f"training needs {gib:.3f} GiB of memory for {tokens} tokens in flight and has "
+            f"{memory_bytes / 2**30:.3f} GiB; {remedy}"
         )
     kept = dict(zip(needs, picked, strict=True))
     return MemoryPlan(graph, lowest, needs, kept, final, itemsize)

@@ -106,7 +106,8 @@ class Trainer:
             tokens=tokens,
             context=setup.lane_tokens,
             itemsize=itemsize,
-            budget_bytes=memory_bytes - state - working_bytes(shape, tokens, itemsize),
+            memory_bytes=memory_bytes,
+            other_bytes=state + working_bytes(shape, tokens, itemsize),
             policy="fast" if policy == "offload" else policy,
         )
 
