@@ -16,6 +16,7 @@ and the stage above the last layer leaves `residual_in` only: the input of the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -63,8 +64,9 @@ def choose_stored(
         need = bytes_per_token(model, lowest_layer, stored) * tokens
         if need <= budget_bytes:
             return tuple(stored)
+    enough = math.ceil(1000 * need / 2**30) / 1000  # in GiB, never rounded down
     raise ValueError(
-        f"activations of {tokens} tokens need {need / 2**30:.3f} GiB, the budget is "
+        f"activations of {tokens} tokens need {enough:.3f} GiB, the budget is "
         f"{budget_bytes / 2**30:.3f} GiB; raise memory_gib or lower dataset.max_length"
     )
 

@@ -65,8 +65,8 @@ class Trainer:
         self._restore()
         self.adapter.push()
         lowest = self.adapter.lowest_layer
-        lane_budget = memory_bytes / setup.num_lanes
-        stored = choose_stored(model, lowest, setup.lane_tokens, lane_budget)
+        tokens = setup.lane_tokens * setup.num_lanes
+        stored = choose_stored(model, lowest, tokens, memory_bytes)
         self.store = ActivationStore(model, lowest, stored, setup.lane_tokens, setup.num_lanes)
         self._layers = {
             layer.index: LayerBackward(layer, self.adapter) for layer in model.layers[lowest:]
