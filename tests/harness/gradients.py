@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import sample_text
 import torch
+from make_model import make_model
 from torch import Tensor
 
 from harness.engine import CoServingEngine
@@ -103,6 +104,19 @@ class GradientBench:
         )
         self._names = (f"case-{i}" for i in itertools.count())
 
+    @property
+    def runner(self) -> Any:
+        """vLLM's model runner, with the co-serving mixin in it."""
+        return self.engine.core.model_executor.driver_worker.worker.model_runner
+
+    def served_model(self) -> Any:
+        """What training sees of the model (`vllm_flexft.train.model.ServedModel`)."""
+        from vllm_flexft.runner.view import served_model
+
+        groups = enumerate(self.runner.kv_cache_config.kv_cache_groups)
+        kv_group_of = {name: index for index, group in groups for name in group.layer_names}
+        return served_model(self.runner.get_model(), self.runner.vllm_config, kv_group_of)
+
     def measure(self, case: Case) -> Comparison:
         """Train `case` in the engine and in PEFT: in fp32, and in the engine's dtype."""
         folder = self.work / next(self._names)
@@ -110,20 +124,16 @@ class GradientBench:
         reference = PeftTrainer(self.model, case.peft())
         reference.randomise(seed=1)
         adapter = reference.save(folder / "init")
-        rows = [row.text() for row in case.rows]
-        tokens = [
-            tokenise(
-                reference.tokenizer, prompt, completion, case.max_length, case.completion_only_loss
-            )
-            for prompt, completion in rows
-        ]
+        tokens = tokens_of(case, reference.tokenizer)
         expected = {torch.float32: reference.gradients(tokens)}
         loss = reference.last_loss
         if self.dtype != "float32":
             dtype = getattr(torch, self.dtype)
             reference = PeftTrainer(self.model, case.peft(), dtype=dtype, adapter_dir=adapter)
             expected[dtype] = reference.gradients(tokens)
-        measured = self.train(case, adapter, write_rows(folder / "rows.jsonl", rows))
+        measured = self.train(
+            case, adapter, write_rows(folder / "rows.jsonl", [row.text() for row in case.rows])
+        )
         targets = sum(label != -100 for _, labels in tokens for label in labels[1:])
         return Comparison(measured, expected, loss, targets)
 
@@ -191,6 +201,37 @@ class GradientBench:
         return record.job().output_dir
 
 
+# Together they have grouped, multi-head and multi-query attention, tied and untied embeddings,
+# heads that are wider than hidden_size / num_heads, and a sliding window that sequences outgrow.
+# Three layers: adapters can sit on the lowest, on a middle and on the upper ones only.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": dict(num_key_value_heads=2),
+    "qwen2": dict(num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen3": dict(num_key_value_heads=1, hidden_size=96),
+    "mistral": dict(num_key_value_heads=2, sliding_window=48),
+}
+KV_BLOCKS = 160  # 20480 tokens: more than two full lanes and the requests among them need
+
+
+class Benches:
+    """(family, dtype) -> its bench, with an engine that is loaded at its first use."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._made: dict[tuple[str, str], GradientBench] = {}
+
+    def __call__(self, family: str, dtype: str = "float32") -> GradientBench:
+        if (family, dtype) not in self._made:
+            work = self._folders.mktemp(f"{family}-{dtype}")
+            model = make_model(
+                work / "model", arch=family, dtype=dtype, num_hidden_layers=3, **MODELS[family]
+            )
+            self._made[family, dtype] = GradientBench(
+                model, work, dtype=dtype, num_gpu_blocks_override=KV_BLOCKS
+            )
+        return self._made[family, dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     measured: Measured
@@ -212,6 +253,14 @@ def relative_errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
         name: float((got[name].double() - want.double()).abs().max() / want.abs().max())
         for name, want in expected.items()
     }
+
+
+def tokens_of(case: Case, tokenizer: Any) -> list[tuple[list, list]]:
+    """(token ids, labels) of each row, as the reference sees them."""
+    return [
+        tokenise(tokenizer, *row.text(), case.max_length, case.completion_only_loss)
+        for row in case.rows
+    ]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,10 @@ class JobPlan:
     flops_per_token: float  # of training: forward, dX, and what is recomputed
 
     @property
+    def recomputed_share(self) -> float:
+        return self.memory.recompute_flops / self.flops_per_token
+
+    @property
     def activations(self) -> int:
         return self.memory.bytes_per_token * self.tokens
 
@@ -156,7 +160,7 @@ def render(plan: JobPlan, block_size: int, flops: float | None) -> str:
             if plan.largest_tokens is None
             else [f"longest sequence that fits  {plan.largest_tokens:,} tokens"]
         ),
-        f"recomputed                  {memory.recompute_flops / plan.flops_per_token:.1%} of the work",
+        f"recomputed                  {plan.recomputed_share:.1%} of the work",
     ]
     if flops is not None:
         lines.append(
@@ -170,7 +174,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:8.3f} GiB"
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("plan", help="what a job will cost in memory and time")
     parser.add_argument("model", help="model folder, config.json or Hugging Face id")
     parser.add_argument("job", nargs="?", help="job file; without one: all linears, r 8")

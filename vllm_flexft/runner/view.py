@@ -109,7 +109,7 @@ def _linear(name: str, module: Any, splits: tuple[int, ...] | None = None) -> Fr
     return FrozenLinear(
         name=name,
         apply=apply,
-        input_grad=input_grad_of(base, apply),
+        input_grad=input_grad_of(base),
         dtype=base.params_dtype,
         in_features=module.input_size,
         splits=splits or (base.output_size,),
