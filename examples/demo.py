@@ -57,7 +57,8 @@ def say(what: str) -> None:
 def make_model_and_dataset() -> None:
     command = [sys.executable, "examples/make_model.py", str(MODEL), "--size", "demo"]
     command += ["--dataset", str(ROWS), "--dataset-format", "messages"]
-    if subprocess.run(command).returncode != 0:
+    # A session of its own: on Ctrl-C it is killed by us, without a traceback on the screen.
+    if subprocess.run(command, start_new_session=True).returncode != 0:
         raise DemoError("the model could not be made: " + " ".join(command))
 
 

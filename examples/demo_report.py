@@ -164,7 +164,8 @@ def last_screen(
     picture_of.append(f"{'':8}step 1{f'step {len(losses)}':>54}")
     if save_png(losses, picture):
         picture_of.append(f"{'':8}as a picture: {picture}")
-    heading = f"training: {len(losses)} steps, {tokens:,} tokens in {seconds:.0f} s; the loss"
+    heading = f"training: {len(losses)} steps, {tokens:,} tokens in {seconds:.0f} s"
+    heading += f"; loss {losses[0]:.2f} -> {losses[-1]:.2f}"
     lines += section(heading, picture_of)
     both = [line for question, said in given for line in answers(question, said)]
     lines += section("questions that the training rows do not ask", both)
