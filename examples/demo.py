@@ -48,6 +48,7 @@ SERVED_WITHIN_S = 20.0
 POLL_S = 0.3
 
 _BEGAN = time.monotonic()
+_LOAD = os.getloadavg()[0]
 
 
 def say(what: str) -> None:
@@ -185,6 +186,7 @@ async def train_under_traffic(job: FinetuneJob, server: Server) -> list[str]:
         after=report.latency(t for t in timings if t.began >= trained),
         given=given,
         picture=DEMO / "loss.png",
+        load=_LOAD,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def last_screen(
     after: Latency,
     given: Sequence[tuple[str, Sequence[tuple[str, str]]]],
     picture: Path,
+    load: float,
 ) -> list[str]:
     """Everything that the demo has to show, and saves the loss curve as `picture`.
 
@@ -148,6 +150,7 @@ def last_screen(
         seconds: that the job took.
         during, after: requests while the job trained, and once it had ended.
         given: questions with the answers of (model, answer) pairs.
+        load: the machine's load average before the demo began.
     """
     losses = [line["loss"] for line in metrics]
     slo = job.slo or SLOConfig()
@@ -158,6 +161,12 @@ def last_screen(
         slo.ttft_ms or math.nan,
         slo.tpot_ms or math.nan,
     )
+    cores = os.cpu_count() or 1
+    if load > cores / 2:
+        table += [
+            "",
+            f"This machine was busy before the demo began: load {load:.1f} on {cores} cores.",
+        ]
     lines += section("what clients measured", table)
     tokens = metrics[-1]["num_input_tokens"]
     picture_of = curve(losses)
