@@ -48,6 +48,7 @@ SERVED_WITHIN_S = 20.0
 POLL_S = 0.3
 
 _BEGAN = time.monotonic()
+_LOAD = os.getloadavg()[0]
 
 
 def say(what: str) -> None:
@@ -57,7 +58,8 @@ def say(what: str) -> None:
 def make_model_and_dataset() -> None:
     command = [sys.executable, "examples/make_model.py", str(MODEL), "--size", "demo"]
     command += ["--dataset", str(ROWS), "--dataset-format", "messages"]
-    if subprocess.run(command).returncode != 0:
+    # A session of its own: on Ctrl-C it is killed by us, without a traceback on the screen.
+    if subprocess.run(command, start_new_session=True).returncode != 0:
         raise DemoError("the model could not be made: " + " ".join(command))
 
 
@@ -184,6 +186,7 @@ async def train_under_traffic(job: FinetuneJob, server: Server) -> list[str]:
         after=report.latency(t for t in timings if t.began >= trained),
         given=given,
         picture=DEMO / "loss.png",
+        load=_LOAD,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def last_screen(
     after: Latency,
     given: Sequence[tuple[str, Sequence[tuple[str, str]]]],
     picture: Path,
+    load: float,
 ) -> list[str]:
     """Everything that the demo has to show, and saves the loss curve as `picture`.
 
@@ -148,6 +150,7 @@ def last_screen(
         seconds: that the job took.
         during, after: requests while the job trained, and once it had ended.
         given: questions with the answers of (model, answer) pairs.
+        load: the machine's load average before the demo began.
     """
     losses = [line["loss"] for line in metrics]
     slo = job.slo or SLOConfig()
@@ -158,13 +161,20 @@ def last_screen(
         slo.ttft_ms or math.nan,
         slo.tpot_ms or math.nan,
     )
+    cores = os.cpu_count() or 1
+    if load > cores / 2:
+        table += [
+            "",
+            f"This machine was busy before the demo began: load {load:.1f} on {cores} cores.",
+        ]
     lines += section("what clients measured", table)
     tokens = metrics[-1]["num_input_tokens"]
     picture_of = curve(losses)
     picture_of.append(f"{'':8}step 1{f'step {len(losses)}':>54}")
     if save_png(losses, picture):
         picture_of.append(f"{'':8}as a picture: {picture}")
-    heading = f"training: {len(losses)} steps, {tokens:,} tokens in {seconds:.0f} s; the loss"
+    heading = f"training: {len(losses)} steps, {tokens:,} tokens in {seconds:.0f} s"
+    heading += f"; loss {losses[0]:.2f} -> {losses[-1]:.2f}"
     lines += section(heading, picture_of)
     both = [line for question, said in given for line in answers(question, said)]
     lines += section("questions that the training rows do not ask", both)

@@ -75,9 +75,10 @@ class Server:
 
     def failure(self, what: str) -> DemoError:
         """An error with the end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-25:]
-        tail = "\n".join(f"  | {line[:200]}" for line in lines)
-        return DemoError(f"{what}. The end of its log, {self.log}:\n{tail}")
+        lines = self.log.read_text(errors="replace").splitlines()
+        told = [line for line in lines if " Route: " not in line]  # a long list at start
+        tail = "\n".join(f"  | {line[:200]}" for line in told[-25:])
+        return DemoError(f"{what}. The end of the server's log, {self.log}:\n{tail}")
 
     def wait_until_ready(self) -> None:
         """Return once the server answers. Raises DemoError if it ends or takes too long."""
@@ -91,10 +92,10 @@ class Server:
         raise self.failure(f"the server did not answer within {STARTED_IN_S:.0f} s")
 
     def stop(self) -> None:
-        """Ask it to end as Ctrl-C would, and make sure that nothing of it is left."""
+        """Ask it to end, and make sure that nothing of it is left."""
         try:
             if self._process.poll() is None:
-                self._process.send_signal(signal.SIGINT)
+                self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=STOPPED_IN_S)
         finally:

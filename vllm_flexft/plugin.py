@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -44,6 +45,12 @@ def register() -> None:
     cli_args.install(add_options)
     from_cli_args.install(read_options)
     engine_config.install(build_engine_config)
+    # vLLM warns of every scheduler class but its own, as if async scheduling had been turned off.
+    logging.getLogger("vllm.config.scheduler").addFilter(_not_about_our_scheduler)
+
+
+def _not_about_our_scheduler(record: logging.LogRecord) -> bool:
+    return record.args not in ((SCHEDULER,), (ASYNC_SCHEDULER,))
 
 
 def install_worker_patches() -> None:

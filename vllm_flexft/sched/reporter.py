@@ -33,7 +33,7 @@ class Reporter:
         self._started = time.monotonic()
         self._steps_timed = 0
         logger.info(
-            "[%s] %d steps of %d sequences; %s",
+            "[%s] %d steps of %d sequences; dataset: %s",
             prepared.job.name,
             prepared.order.total_steps,
             prepared.job.training.train_batch_size,
