@@ -1,4 +1,4 @@
-"""A tracking allocator for CPU tensors: bytes of the storages that operations made and still live."""
+"""A tracking allocator for CPU tensors: bytes of live storages that operations made."""
 
 from __future__ import annotations
 
