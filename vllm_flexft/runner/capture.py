@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.model import ServedModel
 
-logger = logging.getLogger("vllm.flexft")
+# From a module's arguments and output: the tensor to keep.
+Pick = Callable[[tuple, Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,11 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _after(
-        self, module: nn.Module, layer: int, name: str, pick: Callable[[tuple, Any], Tensor]
-    ) -> None:
+    def _after(self, module: nn.Module, layer: int, name: str, pick: Pick) -> None:
         if self._store.holds(layer, name):
             self._handles.append(
                 module.register_forward_hook(
-                    lambda _, args, output: (
-                        self._copy(layer, name, pick(args, output)) if self.rows else None
-                    )
+                    lambda _, args, output: self._copy(layer, name, pick, args, output)
                 )
             )
 
@@ -66,16 +62,23 @@ class Capture:
         if self._store.holds(layer, name):
             self._handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, args: self._copy(layer, name, args[0]) if self.rows else None
+                    lambda _, args: self._copy(layer, name, _input, args, None)
                 )
             )
 
-    def _copy(self, layer: int, name: str, source: Tensor) -> None:
+    def _copy(self, layer: int, name: str, pick: Pick, args: tuple, output: Any) -> None:
+        if not self.rows:
+            return
         try:
+            source = pick(args, output)
             for rows in self.rows:
                 self._store.write(rows.lane, layer, name, rows.to, source[rows.start : rows.stop])
         except Exception as error:
             self.error = self.error or error
+
+
+def _input(args: tuple, _output: Any) -> Tensor:
+    return args[0]
 
 
 def _output(_args: tuple, output: Any) -> Tensor:
