@@ -16,6 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, OpenJob, StepPlan, StepResult
 from vllm_flexft.runner.capture import Capture, CapturedRows
+from vllm_flexft.runner.containment import BlockIds, diverged, zero_blocks
 from vllm_flexft.runner.slots import close_slot, open_slot
 from vllm_flexft.runner.view import served_model
 from vllm_flexft.train.model import ServedModel
@@ -42,11 +43,13 @@ class CoServeRunnerMixin(_RunnerBase):
     _capture: Capture | None
     _view: ServedModel | None
     _lora_int_id: int | None  # of the slot in training
+    _block_ids: dict[str, BlockIds]  # of this step's chunks
 
     def start_co_serving(self, config: CoServeConfig) -> None:
         self._co_serve = config
         self._plan = self._result = self._trainer = self._capture = self._view = None
         self._lora_int_id = None
+        self._block_ids = {}
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -54,6 +57,12 @@ class CoServeRunnerMixin(_RunnerBase):
         if plan is None:
             return super().execute_model(scheduler_output, intermediate_tensors)
         self._plan = plan
+        chunks = {chunk.req_id for chunk in plan.chunks}
+        self._block_ids = {
+            request.req_id: request.block_ids
+            for request in scheduler_output.scheduled_new_reqs
+            if request.req_id in chunks
+        }
         self._result = self._prepare(plan)
         output = super().execute_model(scheduler_output, intermediate_tensors)
         if output is None:  # sampling comes next; the slices run after it
@@ -116,6 +125,7 @@ class CoServeRunnerMixin(_RunnerBase):
         if result is None and self._trainer is not None:
             if self._capture is not None and self._capture.error is not None:
                 self._trainer.fail(self._capture.error)
+            self._contain_divergence(plan, self._trainer)
             result = self._trainer.step(plan)
         if plan.close_job:
             self._close()
@@ -124,6 +134,18 @@ class CoServeRunnerMixin(_RunnerBase):
                 output = copy.copy(output)
             setattr(output, RESULT_ATTRIBUTE, result)
         return output
+
+    def _contain_divergence(self, plan: StepPlan, trainer: Trainer) -> None:
+        """See containment.py. Never raises."""
+        try:
+            chunks = diverged(plan.chunks, trainer.store, len(trainer.model.layers))
+            if chunks:
+                groups = self.kv_cache_config.kv_cache_groups
+                layers = self.vllm_config.compilation_config.static_forward_context
+                zero_blocks(chunks, self._block_ids, groups, layers)
+                trainer.fail(FloatingPointError("activations are not finite"))
+        except Exception as error:
+            trainer.fail(error)
 
     def _open(self, setup: OpenJob) -> None:
         assert self._trainer is None, "one job at a time"
