@@ -18,6 +18,8 @@ STARTED_IN_S = 240.0  # 20 to 30 s are usual on two cores
 STOPPED_IN_S = 30.0
 # vLLM's API server waits on when its engine could not start: this line is how one can tell.
 ENGINE_FAILED = "EngineCore failed to start"
+# Long lists at the server's start and end that would hide an error.
+NOT_TOLD = (" Route: ", " - leaked ", "nanobind", "skipped remainder", "[shutdown]")
 
 
 class DemoError(RuntimeError):
@@ -76,7 +78,7 @@ class Server:
     def failure(self, what: str) -> DemoError:
         """An error with the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()
-        told = [line for line in lines if " Route: " not in line]  # a long list at start
+        told = [line for line in lines if not any(word in line for word in NOT_TOLD)]
         tail = "\n".join(f"  | {line[:200]}" for line in told[-25:])
         return DemoError(f"{what}. The end of the server's log, {self.log}:\n{tail}")
 

@@ -35,7 +35,7 @@ class Traffic:
     """Requests whose times of arrival are a Poisson process: they do not wait for each other.
 
     Args:
-        rate: requests a second.
+        rate: requests a second; may be changed on the way.
         questions: asked in random order.
     """
 
@@ -43,7 +43,8 @@ class Traffic:
         self, client: AsyncOpenAI, model: str, questions: Sequence[str], rate: float, seed: int = 0
     ) -> None:
         self.timings: list[RequestTiming] = []
-        self._client, self._model, self._questions, self._rate = client, model, questions, rate
+        self.rate = rate
+        self._client, self._model, self._questions = client, model, questions
         self._random = random.Random(seed)
         self._under_way: set[asyncio.Task[None]] = set()
 
@@ -54,7 +55,7 @@ class Traffic:
                 task = asyncio.create_task(self._request(self._random.choice(self._questions)))
                 self._under_way.add(task)
                 task.add_done_callback(self._under_way.discard)
-                await asyncio.sleep(self._random.expovariate(self._rate))
+                await asyncio.sleep(self._random.expovariate(self.rate))
         finally:
             await asyncio.gather(*self._under_way)
 
