@@ -42,7 +42,7 @@ class Limits:
     num_lanes: int
     max_rows: int  # sequences with chunks in one batch
     lowest_layer: int
-    kv_blocks: int  # of each KV-cache group, that may be lent when no request holds any
+    kv_blocks: int  # of each KV-cache group, that a micro-batch of several sequences may hold
     block_size: int  # tokens
     activation_policy: ActivationPolicy
 
@@ -263,7 +263,8 @@ class FinetuneRun:
     def _micro_batches(
         self, sequences: Iterable[TrainingSequence]
     ) -> deque[list[TrainingSequence]]:
-        """Consecutive sequences, as many as fit a lane and, all at once, the KV cache."""
+        """Consecutive sequences, as many as fit a lane and the micro-batch's part of the KV cache;
+        a sequence that is too long for that part goes alone."""
         groups: deque[list[TrainingSequence]] = deque()
         limits, room, blocks = self.limits, 0, 0
         for sequence in sequences:

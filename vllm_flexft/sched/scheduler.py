@@ -38,6 +38,9 @@ WINDOW = 256  # tokens of a backward window: large enough for efficient GEMMs
 MIN_LANE_TOKENS = 2048
 NUM_LANES = 2  # the next micro-batch's forward may overlap the last slices of this one
 RESERVED_BLOCKS_SHARE = 0.05  # of the KV cache, never lent to finetuning
+# A micro-batch needs all its blocks at once: it finds them beside steady requests only while it is
+# small against the cache.
+MICRO_BATCH_KV_SHARE = 0.25
 
 
 if TYPE_CHECKING:
@@ -216,7 +219,7 @@ class CoServeMixin(_SchedulerBase):
             num_lanes=NUM_LANES,
             max_rows=self._co_serve.options.max_rows_in_flight,
             lowest_layer=prepared.lowest_layer,
-            kv_blocks=self._lendable_blocks,
+            kv_blocks=int(self._lendable_blocks * MICRO_BATCH_KV_SHARE),
             block_size=self.block_size,
             activation_policy=self._co_serve.options.activation_policy,
         )
