@@ -2,7 +2,8 @@
 
 Two numbers are learnt online, as exponential moving averages: the time of a step without finetune
 work, by the number of inference tokens in it, and the seconds that one unit of finetune work adds
-(see costs.py). The budget of a step with inference in it is what is left of the TPOT objective;
+(see costs.py), where a step counts by its units, since a little work is hardly seen in a step's
+time. The budget of a step with inference in it is what is left of the TPOT objective;
 without any, a step is bounded by the part of the TTFT objective that a new arrival may wait.
 """
 
@@ -15,6 +16,7 @@ DEFAULT_TTFT_MS = 5000.0
 TPOT_MARGIN = 0.8  # plan for this part of the objective; the rest absorbs prediction error
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
 SMOOTHING = 0.2
+MIN_UNIT_S = 1e-9  # keeps a budget finite, whatever was measured
 PROBE_UNITS = 16.0  # of a loaded step before a unit's cost is known: small, to learn it
 
 
@@ -35,6 +37,8 @@ class Planner:
     token_s: float | None = None  # seconds of an inference-only step, per token of it
     base_s: float = 0.0
     _idle_units: float = field(default=256.0, init=False)
+    _work_s: float = field(default=0.0, init=False)  # decaying sums behind unit_s
+    _work_units: float = field(default=0.0, init=False)
 
     @classmethod
     def for_objectives(cls, tpot_ms: float | None, ttft_ms: float | None) -> Planner:
@@ -73,8 +77,9 @@ class Planner:
                 extra = max(0.0, seconds - self.base_s) / load.num_tokens
                 self.token_s = _average(self.token_s, extra)
             return
-        cost = max(1e-9, seconds - self.predict(load)) / units
-        self.unit_s = _average(self.unit_s, cost)
+        self._work_s = (1 - SMOOTHING) * self._work_s + max(0.0, seconds - self.predict(load))
+        self._work_units = (1 - SMOOTHING) * self._work_units + units
+        self.unit_s = max(MIN_UNIT_S, self._work_s / self._work_units)
 
 
 def _average(old: float | None, new: float) -> float:

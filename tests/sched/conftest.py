@@ -1,0 +1,87 @@
+"""A prepared job without a dataset file, and vLLM's own KV-cache manager without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_flexft.config import FinetuneJob
+from vllm_flexft.data.dataset import DataReport, TrainingData
+from vllm_flexft.data.order import BatchOrder
+from vllm_flexft.sched.prepared import PreparedJob
+
+BLOCK = 16
+
+
+def training_data(lengths: list[int]) -> TrainingData:
+    """Token t of sequence i is 1000 i + t; the second half of each sequence is supervised."""
+    ids = [np.arange(1000 * i, 1000 * i + n, dtype=np.int32) for i, n in enumerate(lengths)]
+    masks = [np.arange(n) >= max(1, n // 2) for n in lengths]
+    report = DataReport(
+        rows=len(lengths), sequences=len(lengths), truncated=0, dropped_overlong=0,
+        dropped_no_target=0, tokens=sum(lengths), targets=int(sum(m.sum() for m in masks)),
+        max_length=max(lengths),
+    )  # fmt: skip
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TrainingData(
+        np.concatenate(ids), np.concatenate(masks), offsets, np.arange(len(lengths)), report
+    )
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[..., PreparedJob]:
+    def make(
+        lengths: list[int], valid: list[int] | None = None, every_steps: int = 1, **training: Any
+    ) -> PreparedJob:
+        mapping: dict[str, Any] = {
+            "name": "job",
+            "dataset": {"path": "rows.jsonl", "shuffle": False},
+            "training": {"train_batch_size": 4, "max_steps": 3, **training},
+            "output_dir": str(tmp_path),
+        }
+        if valid is not None:
+            mapping["validation"] = {"path": "valid.jsonl", "every_steps": every_steps}
+        job = FinetuneJob.from_mapping(mapping)
+        settings = job.training
+        return PreparedJob(
+            job_id="job",
+            job=job,
+            config_hash="",
+            output_dir=tmp_path,
+            train=training_data(lengths),
+            order=BatchOrder(
+                len(lengths), settings.train_batch_size, 0, False,
+                settings.num_train_epochs, settings.max_steps,
+            ),
+            validation=None if valid is None else training_data(valid),
+            longest=max(lengths + (valid or [])),
+            lowest_layer=0,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def make_manager() -> Callable[[int], Any]:
+    """vLLM's KVCacheManager with `n` usable blocks of BLOCK tokens."""
+
+    def make(blocks: int) -> Any:
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        config = KVCacheConfig(
+            num_blocks=blocks + 1,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        )
+        return KVCacheManager(
+            config, max_model_len=4096, scheduler_block_size=BLOCK, hash_block_size=BLOCK
+        )
+
+    return make

@@ -1,0 +1,280 @@
+"""The order of a job's work, against a worker that only keeps books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_flexft.plan import MicroBatch, MicroBatchLoss, StepPlan, StepResult, Written
+from vllm_flexft.sched.costs import UnitCosts
+from vllm_flexft.sched.prepared import PreparedJob
+from vllm_flexft.sched.progress import EvalRecord, StepRecord
+from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
+from vllm_flexft.sched.sequence_kv import KVLender
+
+LAYERS, WINDOW, LANE, MAX_ROWS, BLOCK = 3, 32, 128, 4, 16
+COSTS = UnitCosts(num_layers=LAYERS, layer_parameters=1000, head_parameters=500)
+
+
+class BookKeeper:
+    """Plays the worker: checks that each plan follows from those before it."""
+
+    def __init__(self, prepared: PreparedJob, eval_losses: list[float] | None = None) -> None:
+        self.prepared = prepared
+        self.eval_losses = eval_losses or []
+        self.batches: dict[int, MicroBatch] = {}
+        self.filled: dict[int, set[int]] = {}  # micro-batch -> rows of its lane
+        self.slices: dict[int, int] = {}
+        self.finished: list[MicroBatch] = []
+        self.rows_of_step: list[list[tuple[int, ...]]] = [[]]
+        self.updates: list[int] = []
+        self.saves: list[tuple[int, bool]] = []
+        self.opened = False
+
+    def num_slices(self, batch: MicroBatch) -> int:
+        windows = -(-batch.num_tokens // WINDOW)
+        return windows * (1 + (LAYERS if batch.train else 0))
+
+    def run(self, plan: StepPlan, work: PlannedWork) -> StepResult:
+        if plan.open_job is not None:
+            assert not plan.chunks
+            assert not plan.backward
+            assert not self.opened
+            self.opened = True
+            return StepResult("job", opened=True)
+        assert self.opened
+        for batch in plan.begin:
+            assert batch.num_tokens <= LANE
+            assert batch.lane not in {b.lane for b in self.batches.values()}, "lane in use"
+            self.batches[batch.id] = batch
+            self.filled[batch.id], self.slices[batch.id] = set(), 0
+        by_lane = {batch.lane: batch for batch in self.batches.values()}
+        for chunk, (prompt, computed, block_ids) in zip(plan.chunks, work.prompts, strict=True):
+            batch = by_lane[chunk.lane]
+            end = computed + chunk.num_tokens
+            assert len(prompt) == end + 1, "a chunk must look like part of a longer prompt"
+            lane_row = chunk.row - computed
+            assert lane_row in batch.offsets
+            assert prompt[:end] == batch.token_ids[lane_row : lane_row + end].tolist()
+            assert len(block_ids[0]) >= -(-end // BLOCK)
+            self.filled[batch.id].update(range(chunk.row, chunk.row + chunk.num_tokens))
+        losses = []
+        for part in plan.backward:
+            batch = self.batches[part.micro_batch]
+            assert self.filled[batch.id] == set(range(batch.num_tokens)), "not all was forwarded"
+            self.slices[batch.id] += part.count
+            assert self.slices[batch.id] <= self.num_slices(batch)
+            if self.slices[batch.id] == self.num_slices(batch):
+                losses.append(self.finish(batch))
+        if plan.optimizer_step is not None:
+            assert not any(batch.train for batch in self.batches.values()), "update too early"
+            self.updates.append(plan.optimizer_step.step)
+            self.rows_of_step.append([])
+        written: tuple[Written, ...] = ()
+        if plan.save is not None:
+            self.saves.append((plan.save.step, plan.save.final))
+            written = (Written(plan.save.step, "folder", plan.save.final),)
+        step = plan.optimizer_step
+        return StepResult(
+            "job", losses=tuple(losses), written=written,
+            updated_step=None if step is None else step.step, grad_norm=1.0,
+        )  # fmt: skip
+
+    def finish(self, batch: MicroBatch) -> MicroBatchLoss:
+        del self.batches[batch.id]
+        self.finished.append(batch)
+        pairs = list(zip(batch.offsets, batch.offsets[1:], strict=False))
+        targets = int(batch.supervised.sum())
+        if batch.train:
+            self.rows_of_step[-1] += [tuple(batch.token_ids[a:b].tolist()) for a, b in pairs]
+            return MicroBatchLoss(batch.id, 2.0 * targets, 0)
+        loss = self.eval_losses[len(self.updates) - 1] if self.eval_losses else 3.0
+        return MicroBatchLoss(batch.id, loss * targets, targets // 2)
+
+
+def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:
+    limits = Limits(
+        window=WINDOW,
+        lane_tokens=LANE,
+        num_lanes=2,
+        max_rows=MAX_ROWS,
+        lowest_layer=prepared.lowest_layer,
+        kv_blocks=kv_blocks,
+        block_size=BLOCK,
+        activation_policy="fast",
+    )
+    return FinetuneRun(prepared, limits, COSTS, "model", 7)
+
+
+def drive(
+    run: FinetuneRun,
+    keeper: BookKeeper,
+    lender: KVLender,
+    room: Callable[[int], Room],
+    before_step: Callable[[int], None] = lambda step: None,
+    delay: int = 0,
+) -> list[Any]:
+    """Plan and run steps until the final adapter is written; results come `delay` steps later, as
+    with vLLM's asynchronous scheduling."""
+    records: list[Any] = []
+    late: list[StepResult] = []
+    for step in range(5000):
+        before_step(step)
+        given_room = room(step)
+        tokens, rows = given_room.tokens, given_room.rows
+        units, idle = given_room.units, given_room.idle
+        planned = run.plan(given_room, lender)
+        if planned is not None:
+            plan, work = planned
+            assert sum(chunk.num_tokens for chunk in plan.chunks) <= tokens
+            assert len(plan.chunks) <= min(rows, MAX_ROWS)
+            assert idle or given_room.spent <= units + 1e-9
+            late.append(keeper.run(plan, work))
+        while len(late) > delay or (planned is None and late):
+            records += run.on_result(late.pop(0))
+        if any(getattr(r, "written", None) and r.written.final for r in records):
+            return records
+    raise AssertionError(f"not done: step {run.step}, {len(keeper.finished)} micro-batches")
+
+
+def plenty(step: int) -> Room:
+    return Room(units=1e9, tokens=512, rows=8, idle=True)
+
+
+lengths = st.lists(st.integers(2, 100), min_size=1, max_size=10)
+rooms = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.5, 3.0, 20.0, 70.0, 1e6]), st.integers(0, 90),
+        st.integers(0, 5), st.booleans(),
+    ),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@settings(
+    derandomize=True, max_examples=80, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(lengths, rooms, st.lists(st.integers(0, 200), max_size=20), st.sampled_from([0, 1]))
+def test_every_step_trains_on_its_rows_once_whatever_the_load(
+    prepare: Any, make_manager: Any, lengths: list, rooms: list, releases: list, delay: int
+) -> None:
+    """Random rooms and random memory pressure: rows, order, updates and blocks come out right."""
+    prepared = prepare(lengths, valid=[30, 20], every_steps=2, save_steps=2, max_steps=4)
+    manager = make_manager(20)
+    free = manager.block_pool.get_num_free_blocks()
+    lender = KVLender(manager, reserved_blocks=2)
+    run, keeper = new_run(prepared, kv_blocks=18), BookKeeper(prepared)
+
+    def release(step: int) -> None:
+        if step in releases:
+            run.release_blocks(lender)
+
+    def room(step: int) -> Room:
+        units, tokens, rows, idle = rooms[step % len(rooms)]
+        if step % 7 == 6:  # progress must be possible
+            return plenty(step)
+        return Room(units, tokens, rows, idle)
+
+    records = drive(run, keeper, lender, room, release, delay)
+
+    assert keeper.updates == [0, 1, 2, 3]
+    for step in range(4):
+        expected = [prepared.train[row].token_ids.tolist() for row in prepared.order.rows(step)]
+        assert sorted(keeper.rows_of_step[step]) == sorted(map(tuple, expected))
+        # the loss is the mean over the step's supervised tokens, whatever the micro-batches
+        targets = sum(prepared.train[row].num_targets for row in prepared.order.rows(step))
+        assert {round(1 / b.loss_scale) for b in keeper.finished if b.train} >= {targets}
+    assert keeper.saves == [(2, False), (4, True)]
+    losses = [record for record in records if isinstance(record, StepRecord)]
+    assert [record.step for record in losses] == [1, 2, 3, 4]
+    assert all(abs(record.loss - 2.0) < 1e-9 for record in losses)
+    evals = [record for record in records if isinstance(record, EvalRecord)]
+    assert [(record.step, round(record.loss, 9)) for record in evals] == [(2, 3.0), (4, 3.0)]
+    while run.release_blocks(lender):
+        pass
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_short_sequences_share_a_micro_batch(prepare: Any, make_manager: Any) -> None:
+    run, keeper = new_run(prepared := prepare([20] * 4, max_steps=1)), BookKeeper(prepare([20]))
+    keeper.prepared = prepared
+    drive(run, keeper, KVLender(make_manager(64), 0), plenty)
+    assert [batch.offsets for batch in keeper.finished] == [(0, 20, 40, 60, 80)]
+
+
+def test_micro_batches_keep_to_their_part_of_the_cache(prepare: Any, make_manager: Any) -> None:
+    """Four sequences of two blocks each; three blocks a micro-batch."""
+    prepared = prepare([20] * 4, max_steps=1)
+    run, keeper = new_run(prepared, kv_blocks=3), BookKeeper(prepared)
+    drive(run, keeper, KVLender(make_manager(64), 0), plenty)
+    assert [batch.offsets for batch in keeper.finished] == [(0, 20)] * 4
+
+
+def test_a_sequence_longer_than_that_part_goes_alone(prepare: Any, make_manager: Any) -> None:
+    prepared = prepare([10, 100, 10], max_steps=1)
+    run, keeper = new_run(prepared, kv_blocks=3), BookKeeper(prepared)
+    drive(run, keeper, KVLender(make_manager(64), 0), plenty)
+    assert [batch.offsets for batch in keeper.finished] == [(0, 10), (0, 100), (0, 10)]
+
+
+def test_no_room_means_no_plan(prepare: Any, make_manager: Any) -> None:
+    run, lender = new_run(prepare([20])), KVLender(make_manager(64), 0)
+    run.plan(plenty(0), lender)
+    run.on_result(StepResult("job", opened=True))
+    assert run.plan(Room(units=0.0, tokens=512, rows=8, idle=False), lender) is None
+    assert run.plan(Room(units=1e9, tokens=0, rows=8, idle=False), lender) is None
+    assert run.plan(Room(units=1e9, tokens=512, rows=0, idle=False), lender) is None
+    assert run.plan(Room(units=1e9, tokens=512, rows=8, idle=False), lender) is not None
+
+
+def test_nothing_is_planned_before_the_job_is_open(prepare: Any, make_manager: Any) -> None:
+    run, lender = new_run(prepare([20])), KVLender(make_manager(64), 0)
+    first = run.plan(plenty(0), lender)
+    assert first is not None
+    assert first[0].open_job is not None
+    assert run.plan(plenty(1), lender) is None
+
+
+def test_release_takes_blocks_of_the_youngest_micro_batch_first(
+    prepare: Any, make_manager: Any
+) -> None:
+    prepared = prepare([100, 100], max_steps=1)
+    manager = make_manager(64)
+    run, lender = new_run(prepared), KVLender(manager, 0)
+    keeper = BookKeeper(prepared)
+    plan = run.plan(plenty(0), lender)
+    assert plan is not None
+    run.on_result(keeper.run(*plan))
+    plan = run.plan(Room(units=100, tokens=512, rows=8, idle=False), lender)
+    assert plan is not None
+    held = 64 - manager.block_pool.get_num_free_blocks()
+    assert held == 7  # 100 tokens
+    assert run.release_blocks(lender)
+    assert manager.block_pool.get_num_free_blocks() == 64
+    assert not run.release_blocks(lender)
+
+
+def test_early_stopping_ends_the_run_after_patience_evaluations(
+    prepare: Any, make_manager: Any
+) -> None:
+    prepared = prepare(
+        [20] * 4, valid=[30], every_steps=1, max_steps=50, early_stopping_patience=2, save_steps=9
+    )
+    run = new_run(prepared)
+    keeper = BookKeeper(prepared, eval_losses=[3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 1.0])
+    drive(run, keeper, KVLender(make_manager(64), 0), plenty, delay=1)
+    assert keeper.updates == list(range(6))  # 1.9 is the best; 2.0 and 1.9 are no better
+    assert keeper.saves == [(6, True)]
+
+
+def test_a_resumed_run_with_every_step_done_only_publishes(prepare: Any, make_manager: Any) -> None:
+    prepared = prepare([20] * 4, max_steps=3)
+    prepared.resume_step = 3
+    run, keeper = new_run(prepared), BookKeeper(prepared)
+    drive(run, keeper, KVLender(make_manager(64), 0), plenty)
+    assert keeper.updates == []
+    assert keeper.saves == [(3, True)]
