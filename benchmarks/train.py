@@ -1,6 +1,6 @@
 """Idle co-serving engine against transformers + peft: finetune tokens per second, same job.
 
-    python -m benchmarks.train [--data-dir DIR] [--steps 6] [--rounds 2]
+    python -m benchmarks.train [--data-dir DIR] [--steps 3] [--rounds 2]
 
 Both train the same LoRA (all linears) on the same rows with the same threads; rounds alternate.
 A token is one that was trained: input tokens without padding, counted once, after the update.
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 MODEL_SIZE = "100m"
-BATCH = 8
+BATCH = 4
 MAX_LENGTH = 512
-WARM_STEPS = 2
+WARM_STEPS = 1
 PEFT = {"r": 16, "lora_alpha": 32}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -167,9 +167,14 @@ def measure(kind: str, arguments: argparse.Namespace, work: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("VLLM_FLEXFT_DATA"))
-    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps a round")
+    parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps a round")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 1),
+        help="of both; default: all cores but one, which a server's front end needs",
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
