@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from make_model import make_tokenizer
+
+from vllm_flexft.config import FinetuneJob
+from vllm_flexft.sched.admission import Admission, EngineLimits
+
+LIMITS = EngineLimits(max_model_len=512, kv_tokens=384, max_lora_rank=16, num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(512, add_bos=True).save_pretrained(folder)
+    return SimpleNamespace(
+        model="model", tokenizer=str(folder), tokenizer_revision=None, trust_remote_code=False
+    )
+
+
+@pytest.fixture
+def admission(model_config: Any) -> Admission:
+    return Admission(model_config, LIMITS, frozenset({"served"}))
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return str(path)
+
+
+def job(tmp_path: Path, **sections: Any) -> FinetuneJob:
+    rows = write(tmp_path / "rows.jsonl", [("one two", " three"), ("four", " five six")])
+    mapping = {"name": "job", "dataset": {"path": rows}, **sections}
+    return FinetuneJob.from_mapping(mapping)
+
+
+def test_a_job_is_prepared_with_its_data_order_and_lowest_layer(
+    admission: Admission, tmp_path: Path
+) -> None:
+    wanted = job(
+        tmp_path,
+        peft={"layers_to_transform": [2, 3]},
+        training={"train_batch_size": 2, "num_train_epochs": 5},
+    )
+    prepared = admission.prepare("id", wanted, tmp_path / "out")
+    assert len(prepared.train) == 2
+    assert prepared.order.total_steps == 5
+    assert prepared.lowest_layer == 2
+    assert prepared.resume_from is None
+    assert FinetuneJob.from_yaml(tmp_path / "out" / "job.yaml") == wanted
+
+
+def test_longest_counts_validation_too(admission: Admission, tmp_path: Path) -> None:
+    valid = write(tmp_path / "valid.jsonl", [("word " * 60, " end")])
+    prepared = admission.prepare("id", job(tmp_path, validation={"path": valid}), tmp_path / "out")
+    assert prepared.longest > 60
+
+
+def test_a_sequence_beyond_what_the_cache_can_lend_is_refused(
+    admission: Admission, tmp_path: Path
+) -> None:
+    rows = write(tmp_path / "long.jsonl", [("word " * 450, " end")])
+    with pytest.raises(
+        ValueError, match=r"dataset.max_length: .* (4\d\d|511) tokens .* 384 tokens; set it to 384"
+    ):
+        admission.prepare(
+            "id",
+            job(tmp_path, dataset={"path": rows, "completion_only_loss": False}),
+            tmp_path / "out",
+        )
+
+
+def test_a_reserved_name_is_refused(admission: Admission, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name: 'served' is already used"):
+        admission.prepare("id", job(tmp_path, name="served"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("rank", "enough"), [(17, 32), (65, 128), (256, 256), (300, 320)])
+def test_a_rank_that_is_too_high_is_refused_with_a_value_that_vllm_takes(
+    rank: int, enough: int, admission: Admission, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{rank} is more .* --max-lora-rank {enough}$"):
+        admission.prepare("id", job(tmp_path, peft={"r": rank}), tmp_path / "out")
+
+
+def test_a_refused_job_leaves_no_folder(admission: Admission, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        admission.prepare("id", job(tmp_path, peft={"r": 99}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,204 @@
+"""The thread between job store and scheduler, with a real store and no engine."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from make_model import make_tokenizer
+
+from vllm_flexft.config import FinetuneJob, ServerOptions
+from vllm_flexft.jobs.store import JobStore
+from vllm_flexft.plan import Written
+from vllm_flexft.sched import feed as feed_module
+from vllm_flexft.sched.admission import EngineLimits
+from vllm_flexft.sched.feed import JobFeed
+from vllm_flexft.sched.prepared import PreparedJob
+from vllm_flexft.sched.progress import EndRecord, StepRecord, WrittenRecord
+from vllm_flexft.wiring import CoServeConfig, job_store_path
+
+LIMITS = EngineLimits(max_model_len=512, kv_tokens=4096, max_lora_rank=16, num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(512, add_bos=True).save_pretrained(folder)
+    return SimpleNamespace(
+        model="model", tokenizer=str(folder), tokenizer_revision=None, trust_remote_code=False
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> JobStore:
+    return JobStore(job_store_path(ServerOptions(state_dir=tmp_path / "state")))
+
+
+@pytest.fixture
+def feed(
+    tmp_path: Path, model_config: Any, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[JobFeed]:
+    monkeypatch.setattr(feed_module, "POLL_S", 0.01)
+    monkeypatch.setattr(feed_module, "RETRY_S", 0.05)
+    options = ServerOptions(state_dir=tmp_path / "state")
+    config = CoServeConfig((), options, 1, 1, frozenset())
+    thread = JobFeed(config, model_config, LIMITS)
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+def submit(store: JobStore, folder: Path, name: str, rows: int = 3) -> str:
+    path = folder / f"{name}.jsonl"
+    lines = [json.dumps({"prompt": f"say {i}", "completion": f" it is {i}"}) for i in range(rows)]
+    path.write_text("\n".join(lines))
+    job = FinetuneJob.from_mapping(
+        {"name": name, "dataset": {"path": str(path)}, "output_dir": str(folder / name)}
+    )
+    return store.submit(job, model="model").id
+
+
+def wait(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
+    return value
+
+
+def take(feed: JobFeed) -> PreparedJob:
+    wait(feed.has_ready)
+    prepared = feed.take()
+    assert prepared is not None
+    return prepared
+
+
+def step_record(step: int) -> StepRecord:
+    return StepRecord(step, 0.1, 2.5, 1e-3, 0.7, 10, 20, 20, 0.5)
+
+
+def test_jobs_come_one_at_a_time_in_their_order(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    ids = [submit(store, tmp_path, name) for name in ("a", "b")]
+    first = take(feed)
+    time.sleep(0.1)
+    assert feed.take() is None
+    assert store.get(ids[1]).status == "queued"
+    feed.report(first, EndRecord())
+    assert [first.job_id, take(feed).job_id] == ids
+
+
+def test_the_engine_is_woken_when_a_job_is_ready(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    woken: list[bool] = []
+    feed.wake = lambda: woken.append(feed.has_ready())
+    submit(store, tmp_path, "a")
+    wait(lambda: woken)
+    assert woken == [True]
+
+
+def test_a_refused_job_does_not_hold_up_the_next(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    bad = submit(store, tmp_path, "bad", rows=0)
+    good = submit(store, tmp_path, "good")
+    assert take(feed).job_id == good
+    record = store.get(bad)
+    assert record.status == "failed"
+    assert "bad.jsonl" in record.error
+    assert "empty" in record.error
+
+
+def test_records_reach_the_store_and_the_output_folder(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    feed.report(prepared, step_record(1))
+    feed.report(prepared, WrittenRecord(Written(1, str(tmp_path / "a/checkpoint-1"), False)))
+    feed.report(prepared, WrittenRecord(Written(1, str(tmp_path / "a"), True)))
+    feed.report(prepared, EndRecord())
+    wait(lambda: store.get(job_id).status == "succeeded")
+    assert store.get(job_id).metrics["loss"] == 2.5
+    assert [version.name for version in store.versions()] == ["a@step-1", "a"]
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+def test_a_cancellation_is_seen_within_a_second(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    time.sleep(0.1)
+    assert not feed.is_cancelled(job_id)
+    store.request_cancel(job_id)
+    wait(lambda: feed.is_cancelled(job_id), seconds=1.0)
+    feed.report(prepared, EndRecord(cancelled=True))
+    wait(lambda: store.get(job_id).status == "cancelled")
+
+
+def test_a_cancelled_job_that_is_submitted_again_is_not_cancelled_again(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    store.request_cancel(job_id)
+    wait(lambda: feed.is_cancelled(job_id))
+    feed.report(prepared, EndRecord(cancelled=True))
+    wait(lambda: store.get(job_id).status == "cancelled")
+    assert submit(store, tmp_path, "a") == job_id
+    assert take(feed).job_id == job_id
+    time.sleep(0.7)
+    assert not feed.is_cancelled(job_id)
+
+
+def test_the_end_of_a_job_survives_a_store_that_fails_for_a_while(
+    feed: JobFeed, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    finish, failures = JobStore.finish, [1, 2, 3]
+
+    def unsteady(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            failures.pop()
+            raise sqlite3.OperationalError("disk I/O error")
+        return finish(*args, **kwargs)
+
+    monkeypatch.setattr(JobStore, "finish", unsteady)
+    feed.report(prepared, EndRecord(error="loss is nan"))
+    wait(lambda: store.get(job_id).status == "failed")
+    assert store.get(job_id).error == "loss is nan"
+    assert submit(store, tmp_path, "b")
+    assert take(feed).job.name == "b"
+
+
+def test_an_unfinished_job_goes_back_to_the_queue_when_the_engine_stops(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    feed.report(prepared, step_record(1))
+    feed.stop()
+    assert store.get(job_id).status == "queued"
+    assert store.get(job_id).metrics["step"] == 1
+
+
+def test_the_folder_of_another_finished_job_is_refused(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    job_id = submit(store, tmp_path, "a")
+    wait(lambda: store.get(job_id).status == "failed")
+    assert "another output_dir" in store.get(job_id).error
+    assert not (tmp_path / "a" / "job.yaml").exists()
