@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,22 @@ from harness.run_state import assert_same_run, check_checkpoints, metrics
 from harness.server import TrainingProcess
 
 STEPS, SAVE_STEPS = 30, 3
-# What to see in the output folder before the kill, and how long to wait after it (at most, s).
-TRAINING = ("metrics.jsonl", 0.6)  # somewhere in forward, backward or update
-WRITING = (".tmp-checkpoint-*", 0.006)  # of about 20 ms
-PUBLISHING = (".tmp-adapter_*", 0.004)
-KILLS = [TRAINING, WRITING] * 4 + [PUBLISHING] * 2
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Kill `seconds` after the `nth` new file of this pattern has been seen."""
+
+    pattern: str
+    nth: int = 1
+    seconds: float = 0.0
+
+
+DICE = random.Random(0)
+TRAINING = [Moment("metrics.jsonl", seconds=DICE.uniform(0, 0.6)) for _ in range(4)]
+WRITING = [Moment(".tmp-checkpoint-*", nth, DICE.uniform(0, 0.006)) for nth in (1, 3, 2, 1)]
+PUBLISHING = [Moment(".tmp-adapter_*"), Moment(".tmp-adapter_*", seconds=0.003)]
+KILLS = [moment for pair in zip(TRAINING, WRITING, strict=True) for moment in pair] + PUBLISHING
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +46,25 @@ def undisturbed(
     return state / "adapters" / "tuned"
 
 
-def kill_when_seen(run: TrainingProcess, output_dir: Path, pattern: str, after_s: float) -> str:
-    """Kill the run once a file of this pattern is there that was not before; what happened."""
-    known = set(output_dir.glob(pattern)) - {output_dir / "metrics.jsonl"}
-    length = _size(output_dir / "metrics.jsonl")
-    deadline = time.monotonic() + 60
-    while run.process.is_alive() and time.monotonic() < deadline:
-        fresh = set(output_dir.glob(pattern)) - known
-        if pattern == "metrics.jsonl":  # there since the last run: it must have changed
-            fresh = {pattern} if _size(output_dir / pattern) not in (0, length) else set()
-        if fresh:
-            time.sleep(after_s)
-            break
+def kill_at(moment: Moment, run: TrainingProcess, output_dir: Path) -> str:
+    """Kill the run at this moment; what it left."""
+    log = output_dir / "metrics.jsonl"
+    seen, length = set(output_dir.glob(".tmp-*")), _size(log)
+    count, deadline = 0, time.monotonic() + 90
+    while count < moment.nth:
+        assert time.monotonic() < deadline, run.log.read_text()[-3000:]
+        if moment.pattern == log.name:  # there since an earlier run: it must have changed
+            count += _size(log) not in (0, length)
+        else:
+            fresh = set(output_dir.glob(moment.pattern)) - seen
+            seen |= fresh
+            count += len(fresh)
         time.sleep(0.0002)
-    ended = not run.process.is_alive()
+    time.sleep(moment.seconds)
+    assert run.process.is_alive(), "it ended before it could be killed"
     run.kill()
     left = sorted(path.name for path in output_dir.glob(".tmp-*"))
-    step = metrics(output_dir)[-1]["step"] if _size(output_dir / "metrics.jsonl") else 0
-    return f"step {step:2d}, left {left or 'nothing'}{', had ended' if ended else ''}"
+    return f"step {metrics(output_dir)[-1]['step'] if _size(log) else 0}, left {left}"
 
 
 def _size(path: Path) -> int:
@@ -66,14 +79,14 @@ def test_ten_kills_end_with_the_undisturbed_adapter_and_metrics(
     job: dict[str, Any],
     undisturbed: Path,
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
 ) -> None:
-    output_dir, dice = tmp_path / "adapters" / "tuned", random.Random(0)
-    for number, (pattern, longest) in enumerate(KILLS, start=1):
+    output_dir = tmp_path / "adapters" / "tuned"
+    for number, moment in enumerate(KILLS, start=1):
         run = TrainingProcess(tiny_model, tmp_path, [job], tmp_path / "log")
-        happened = kill_when_seen(run, output_dir, pattern, dice.uniform(0, longest))
-        print(f"kill {number} at {pattern}: {happened}; sound: {check_checkpoints(output_dir)}")
+        happened = kill_at(moment, run, output_dir)
+        print(f"kill {number} at {moment}: {happened}; sound: {check_checkpoints(output_dir)}")
     assert TrainingProcess(tiny_model, tmp_path, [job], tmp_path / "log").wait() == 0
     check_checkpoints(output_dir)
-    record_property("adapter_difference", assert_same_run(output_dir, undisturbed))
+    difference = assert_same_run(output_dir, undisturbed)
+    print(f"largest difference of the adapters: {difference}")
     assert not list(output_dir.glob(".tmp-*"))

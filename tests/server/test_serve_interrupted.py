@@ -72,7 +72,6 @@ def test_killed_and_stopped_server_ends_with_the_undisturbed_adapter(
     tiny_model: Path,
     job: dict[str, Any],
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
 ) -> None:
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
@@ -98,7 +97,6 @@ def test_killed_and_stopped_server_ends_with_the_undisturbed_adapter(
     finally:
         server.kill()
     print(f"SIGTERM at step {command.steps()}: all gone after {seconds:.1f} s")
-    record_property("sigterm_training_s", seconds)
     assert seconds < STOP_S
     store = JobStore(work / "jobs.sqlite3")
     assert store.get("tuned").status in ("queued", "running")  # running: of a dead owner
@@ -117,4 +115,5 @@ def test_killed_and_stopped_server_ends_with_the_undisturbed_adapter(
         server.kill()
     check_checkpoints(command.output_dir)
     reference = undisturbed / "adapters" / "tuned"
-    record_property("adapter_difference", assert_same_run(command.output_dir, reference))
+    difference = assert_same_run(command.output_dir, reference)
+    print(f"largest difference of the adapters: {difference}")
