@@ -257,11 +257,11 @@ def test_rank_beyond_an_explicit_limit_refuses_the_job(model, environment, job_f
 
 
 def test_training_slots_come_on_top_of_the_users_max_loras(model, environment):
-    argv = ("--max-loras", "3", "--max-cpu-loras", "5", "--co-finetune-config.max_jobs_at_once=2")
+    argv = ("--max-loras", "3", "--max-cpu-loras", "5")
     config = from_command_line("--co-finetune", *argv, model=model)
     ours = CoServeConfig.from_vllm_config(config)
-    assert (config.lora_config.max_loras, config.lora_config.max_cpu_loras) == (5, 7)
-    assert (ours.serving_max_loras, ours.num_training_slots) == (3, 2)
+    assert (config.lora_config.max_loras, config.lora_config.max_cpu_loras) == (4, 6)
+    assert (ours.serving_max_loras, ours.num_training_slots) == (3, 1)
 
 
 def test_second_config_of_the_same_arguments_is_the_same(model, environment, job_file):

@@ -25,10 +25,10 @@ class ServerOptions(Section):
     """Defaults and limits that hold for every job of a server."""
 
     tpot_ms: float | None = Field(
-        None, gt=0, description="null (no objective), or milliseconds > 0 per output token"
+        None, gt=0, description="null (50), or milliseconds > 0 per output token"
     )
     ttft_ms: float | None = Field(
-        None, gt=0, description="null (no objective), or milliseconds > 0 to the first token"
+        None, gt=0, description="null (5000), or milliseconds > 0 to the first token"
     )
     state_dir: FilePath = Field(
         default_factory=_default_state_dir,
@@ -42,7 +42,9 @@ class ServerOptions(Section):
         description="auto (keep what fits memory_gib, recompute the rest), fast (keep all that is "
         "read), minimal (recompute all that can be), or offload (keep all, in host memory)",
     )
-    max_jobs_at_once: int = Field(1, ge=1, description="an integer >= 1")
+    max_jobs_at_once: int = Field(
+        1, ge=1, le=1, description="1: jobs run one after another for now, in the order given"
+    )
     max_rows_in_flight: int = Field(
         8, ge=1, description="an integer >= 1, training sequences in the engine at a time"
     )
