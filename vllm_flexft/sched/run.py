@@ -135,7 +135,7 @@ class FinetuneRun:
             backward=tuple(work.backward),
             optimizer_step=work.optimizer_step,
             save=work.save,
-            wait_for_writer=self.waiting_for_writer,
+            wait_for_writer=self.waiting_for_writer and room.idle,
         )
         return plan, work
 
