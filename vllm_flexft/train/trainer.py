@@ -180,7 +180,8 @@ class Trainer:
         self.error = f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
-        self._writer.close(timeout=30.0)
+        """What is being written is finished by the writer's thread; requests do not wait for it."""
+        self._writer.close(timeout=0.0)
 
     def _backward(self, plan: StepPlan) -> tuple[MicroBatchLoss, ...]:
         losses = []
