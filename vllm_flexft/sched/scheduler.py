@@ -110,8 +110,9 @@ class CoServeMixin(_SchedulerBase):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        started, load, units = self._started_at.pop(id(scheduler_output))
-        self._planner.observe(load, units, time.monotonic() - started)
+        if (begun := self._started_at.pop(id(scheduler_output), None)) is not None:
+            started, load, units = begun
+            self._planner.observe(load, units, time.monotonic() - started)
         result = getattr(model_runner_output, RESULT_ATTRIBUTE, None)
         run = self._run
         if result is not None and run is not None and result.job_id == run.prepared.job_id:
