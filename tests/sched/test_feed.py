@@ -202,3 +202,36 @@ def test_the_folder_of_another_finished_job_is_refused(
     wait(lambda: store.get(job_id).status == "failed")
     assert "another output_dir" in store.get(job_id).error
     assert not (tmp_path / "a" / "job.yaml").exists()
+
+
+def failing_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    failures = [sqlite3.OperationalError("disk I/O error")]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return original(*args, **kwargs)
+
+    return call
+
+
+def test_a_version_is_announced_though_the_store_failed_once(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    feed._store.add_version = failing_once(feed._store.add_version)
+    feed.report(prepared, WrittenRecord(Written(1, str(tmp_path / "a"), True)))
+    feed.report(prepared, EndRecord())
+    wait(lambda: store.versions())
+    assert [version.name for version in store.versions()] == ["a"]
+    wait(lambda: store.get(job_id).status == "succeeded")
+
+
+def test_a_job_that_was_leased_when_the_store_failed_is_taken_again(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    wait(lambda: hasattr(feed, "_lease"))
+    feed._lease.beat = failing_once(feed._lease.beat)
+    job_id = submit(store, tmp_path, "a")
+    assert take(feed).job_id == job_id

@@ -50,6 +50,7 @@ class JobFeed(threading.Thread):
         self._reporter: Reporter | None = None
         self._current: str | None = None  # id of the job that is with the scheduler
         self._lease_lost = False
+        self._unsettled = False  # a job may be leased that never reached the scheduler
 
     # ---- the scheduler's side
 
@@ -98,6 +99,7 @@ class JobFeed(threading.Thread):
                     self._lease_next()
             except Exception:  # a full disk, a locked file: it may pass
                 logger.exception("the finetuning queue cannot be read or written; trying again")
+                self._unsettled = True
                 self._stopping.wait(RETRY_S)
         try:
             self._lease.stop()
@@ -108,17 +110,21 @@ class JobFeed(threading.Thread):
 
     def _submit_configured_jobs(self) -> None:
         for entry in self._config.jobs:
+            job = entry.job
+            if job is None:
+                self._store.refuse(entry.source, entry.source, entry.error or "")
+                continue  # logged at start, by the process that read the file
             try:
-                if entry.job is None:
-                    self._store.refuse(entry.source, entry.source, entry.error or "")
-                    continue  # logged at start, by the process that read the file
-                job = entry.job.with_output_dir(self._config.options)
-                self._store.submit(job, model=self._model_config.model)
+                complete = job.with_output_dir(self._config.options)
+                self._store.submit(complete, model=self._model_config.model)
             except ValueError as error:
                 logger.error("Finetune job %s is refused: %s", entry.source, error)
-                self._store.refuse(entry.source, entry.source, str(error))
+                self._store.refuse(job.name, entry.source, str(error))
 
     def _lease_next(self) -> None:
+        if self._unsettled:
+            self._release()
+            self._unsettled = False
         for record in self._store.lease(self._owner, 1, model=self._model_config.model):
             self._lease.beat()
             try:
@@ -184,6 +190,8 @@ class JobFeed(threading.Thread):
             try:
                 self._record(prepared, record)
             except sqlite3.Error:
+                if isinstance(record, WrittenRecord):
+                    self._outbox.put((prepared, record))  # once more: it would never be served
                 raise
             except Exception:
                 logger.exception("[%s] could not record %s", prepared.job.name, record)
