@@ -5,7 +5,7 @@ STAMP   := $(VENV)/.setup-$(FLAVOUR)
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-train bench-kernels clean
+.PHONY: help setup demo test lint bench-train bench-memory bench-kernels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ lint: setup  ## ruff, mypy, import direction
 
 bench-train: setup  ## finetuning speed of an idle engine against transformers + peft
 	@PYTHONPATH=examples $(VENV)/bin/python -m benchmarks.train
+
+bench-memory: setup  ## bytes kept for the backward against PEFT, measured
+	@PYTHONPATH=examples $(VENV)/bin/python -m benchmarks.memory
 
 bench-kernels: setup  ## each kernel against its plain-torch reference
 	@$(VENV)/bin/python -m benchmarks.kernels_cpu
