@@ -129,7 +129,6 @@ class Written:
     step: int
     path: str | None
     final: bool
-    pruned: tuple[str, ...] = ()  # older checkpoints that were removed
     warning: str | None = None
 
 

@@ -15,8 +15,9 @@ from vllm_flexft.publish.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_ad
 from vllm_flexft.publish.checkpoint import (
     checkpoints,
     latest_checkpoint,
-    prune,
     read_checkpoint,
+    remove_checkpoint,
+    surplus,
     write_checkpoint,
 )
 from vllm_flexft.publish.final import publish_final, read_final, write_job_file
@@ -130,33 +131,29 @@ class TestWritingTwice:
             write(3, "c2")
 
 
-class TestPrune:
+class TestSurplus:
     def test_the_newest_stay(self, write, out) -> None:
         for step in (1, 2, 3, 4):
             write(step)
-        assert [p.name for p in prune(out, 2)] == ["checkpoint-2", "checkpoint-1"]
-        assert sorted(os.listdir(out)) == ["checkpoint-3", "checkpoint-4"]
+        assert [p.name for p in surplus(out, 2)] == ["checkpoint-2", "checkpoint-1"]
 
-    def test_kept_steps_stay(self, write, out) -> None:
-        for step in (1, 2, 3):
-            write(step)
-        prune(out, 1, keep={1})
-        assert sorted(os.listdir(out)) == ["checkpoint-1", "checkpoint-3"]
+    def test_a_removed_one_leaves_nothing(self, write, out) -> None:
+        write(1)
+        remove_checkpoint(write(2))
+        assert os.listdir(out) == ["checkpoint-1"]
 
     def test_the_last_sound_one_stays_behind_damaged_newer_ones(self, write, out) -> None:
         write(1)
         sound = write(2)
         for step in (3, 4):
             flip_a_byte(write(step) / "optimizer.safetensors")
-        prune(out, 1)
-        assert latest_checkpoint(out) == sound
-        assert "checkpoint-1" not in os.listdir(out)
+        assert sound not in surplus(out, 1)
+        assert out / "checkpoint-1" in surplus(out, 1)
 
     def test_no_limit_removes_nothing(self, write, out) -> None:
         write(1)
         write(2)
-        assert prune(out, None) == []
-        assert len(checkpoints(out)) == 2
+        assert surplus(out, None) == []
 
 
 class TestLeftovers:

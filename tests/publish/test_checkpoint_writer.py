@@ -85,13 +85,6 @@ def test_the_masters_may_change_while_a_write_waits(
     assert all(torch.equal(written[k], t) for k, t in make_state(1).adapter.items())
 
 
-def test_old_checkpoints_are_pruned_after_each(writer, request_for, out) -> None:
-    for step in (1, 2, 3):
-        writer.submit(request_for(step, save_total_limit=1, keep=(1,)))
-        assert writer.drain(30)
-    assert [r.pruned for r in writer.poll()] == [(), (), (out / "checkpoint-2",)]
-
-
 def test_an_error_becomes_a_result_and_the_next_write_goes_on(writer, request_for, out) -> None:
     out.write_text("a file in the way")
     writer.submit(request_for(1))

@@ -23,8 +23,9 @@ from vllm_flexft.publish.adapter_files import CONFIG_FILE, read_adapter
 from vllm_flexft.publish.checkpoint import (
     checkpoints,
     latest_checkpoint,
-    prune,
     read_checkpoint,
+    remove_checkpoint,
+    surplus,
     write_checkpoint,
 )
 from vllm_flexft.publish.final import publish_final, read_final, write_job_file
@@ -209,6 +210,11 @@ def test_replacing_a_damaged_checkpoint_keeps_the_older_one(
     crash_everywhere(monkeypatch, tmp_path, prepare, lambda out: write(out, 2), check)
 
 
+def remove_surplus(out: Path) -> None:
+    for path in surplus(out, 2):
+        remove_checkpoint(path)
+
+
 def test_pruning_never_shows_half_a_checkpoint(monkeypatch, tmp_path, make_state, write) -> None:
     def prepare(out: Path) -> None:
         for step in (1, 2, 3, 4):
@@ -221,11 +227,11 @@ def test_pruning_never_shows_half_a_checkpoint(monkeypatch, tmp_path, make_state
         names = {p.name for p in left}
         assert {"checkpoint-4", "checkpoint-3"} <= names
         assert len(names) == 2 or not finished
-        prune(out, 2)
+        remove_surplus(out)
         write(out, 5)
         assert sorted(os.listdir(out)) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
 
-    operations = crash_everywhere(monkeypatch, tmp_path, prepare, lambda out: prune(out, 2), check)
+    operations = crash_everywhere(monkeypatch, tmp_path, prepare, remove_surplus, check)
     assert operations >= 2 * 8  # two folders: rename, sync, five files, the folder
 
 

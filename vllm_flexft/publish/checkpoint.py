@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,30 +176,32 @@ def read_checkpoint(path: Path) -> TrainState:
         raise CheckpointError(f"{path} cannot be read: {e!r}") from e
 
 
-def prune(output_dir: Path, save_total_limit: int | None, keep: Collection[int] = ()) -> list[Path]:
-    """Remove all but the newest `save_total_limit` sound checkpoints; those removed.
+def surplus(output_dir: Path, save_total_limit: int | None) -> list[Path]:
+    """Checkpoints beyond the newest `save_total_limit` sound ones.
 
-    Steps in `keep` stay whatever their age. Damaged checkpoints do not count, so the last sound
-    one is never removed. A checkpoint is renamed away first: none is ever seen half removed.
-    Raises CheckpointError.
+    Damaged checkpoints do not count, so the last sound one is never among them.
     """
     if save_total_limit is None:
         return []
     assert save_total_limit > 0
-    sound, removed = 0, []
+    sound, found = 0, []
     for path in checkpoints(output_dir):
         if sound < save_total_limit:
             sound += _is_sound(path)
-        elif _step(path) not in keep:
-            trash = work_path(output_dir, f"pruned-{path.name}")
-            try:
-                fsops.rename(path, trash)
-                fsops.fsync_dir(output_dir)
-                fsops.rmtree(trash)
-            except OSError as e:
-                raise CheckpointError(f"{path} cannot be removed: {e}") from e
-            removed.append(path)
-    return removed
+        else:
+            found.append(path)
+    return found
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Renamed away first: a checkpoint is never seen half removed. Raises CheckpointError."""
+    trash = work_path(path.parent, f"pruned-{path.name}")
+    try:
+        fsops.rename(path, trash)
+        fsops.fsync_dir(path.parent)
+        fsops.rmtree(trash)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be removed: {e}") from e
 
 
 def _keep_existing(target: Path, config_hash: str) -> bool:

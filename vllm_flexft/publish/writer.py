@@ -3,13 +3,12 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from vllm_flexft.config import PeftConfig
-from vllm_flexft.publish.checkpoint import TrainState, prune, write_checkpoint
+from vllm_flexft.publish.checkpoint import TrainState, write_checkpoint
 from vllm_flexft.publish.final import publish_final
 
 logger = logging.getLogger("vllm.flexft")
@@ -17,7 +16,7 @@ logger = logging.getLogger("vllm.flexft")
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """One thing to write. `keep`: steps that pruning must spare, such as the best one."""
+    """One thing to write."""
 
     kind: Literal["checkpoint", "final"]
     output_dir: Path
@@ -25,16 +24,11 @@ class WriteRequest:
     peft: PeftConfig
     base_model: str
     config_hash: str
-    save_total_limit: int | None = None
-    keep: Collection[int] = ()
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What became of a request: `path` or `error`, and the checkpoints pruned after it.
-
-    A checkpoint that was written but could not be pruned after has both.
-    """
+    """What became of a request: `path` or `error`."""
 
     ticket: int
     kind: Literal["checkpoint", "final"]
@@ -42,7 +36,6 @@ class WriteResult:
     step: int
     path: Path | None = None
     error: BaseException | None = None
-    pruned: tuple[Path, ...] = ()
 
 
 class CheckpointWriter:
@@ -123,7 +116,6 @@ class CheckpointWriter:
 
 def _write(ticket: int, request: WriteRequest) -> WriteResult:
     path = None
-    pruned: tuple[Path, ...] = ()
     write = write_checkpoint if request.kind == "checkpoint" else publish_final
     # A thread has no caller to raise to: whatever happens becomes the result.
     try:
@@ -134,12 +126,10 @@ def _write(ticket: int, request: WriteRequest) -> WriteResult:
             request.base_model,
             request.config_hash,
         )
-        if request.kind == "checkpoint":
-            pruned = tuple(prune(request.output_dir, request.save_total_limit, request.keep))
     except BaseException as e:
         logger.error("writing %s of step %d failed: %s", request.kind, request.state.step, e)
         return _result(ticket, request, path, e)
-    return _result(ticket, request, path, pruned=pruned)
+    return _result(ticket, request, path)
 
 
 def _result(
@@ -147,8 +137,5 @@ def _result(
     request: WriteRequest,
     path: Path | None = None,
     error: BaseException | None = None,
-    pruned: tuple[Path, ...] = (),
 ) -> WriteResult:
-    return WriteResult(
-        ticket, request.kind, request.output_dir, request.state.step, path, error, pruned
-    )
+    return WriteResult(ticket, request.kind, request.output_dir, request.state.step, path, error)

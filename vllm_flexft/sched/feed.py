@@ -28,6 +28,7 @@ from vllm_flexft.sched.lease import LeaseKeeper
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, Record, WrittenRecord
 from vllm_flexft.sched.reporter import Reporter
+from vllm_flexft.sched.retirement import Retirement
 from vllm_flexft.wiring import CoServeConfig, job_store_path
 
 logger = logging.getLogger("vllm.flexft")
@@ -50,6 +51,7 @@ class JobFeed(threading.Thread):
         self._reporter: Reporter | None = None
         self._current: str | None = None  # id of the job that is with the scheduler
         self._lease_lost = False
+        self.retirement = Retirement()
         self._unsettled = False  # a job may be leased that never reached the scheduler
 
     # ---- the scheduler's side
@@ -92,6 +94,7 @@ class JobFeed(threading.Thread):
             try:
                 self._drain_outbox(timeout=POLL_S)
                 self._look_for_lost_lease()
+                self.retirement.delete_due()
                 if time.monotonic() >= next_cancel_poll:
                     next_cancel_poll = time.monotonic() + CANCEL_POLL_S
                     self._look_for_cancellation()
@@ -224,8 +227,8 @@ class JobFeed(threading.Thread):
             self._store.add_version(
                 prepared.job_id, served, written.path, written.step, written.final
             )
-        if written.pruned:
-            self._store.retire_versions(written.pruned)
+        limit = prepared.job.training.save_total_limit
+        self.retirement.retire(self._store, prepared.output_dir, limit)
 
     def _finish(self, prepared: PreparedJob, record: EndRecord) -> None:
         if self._reporter is not None:

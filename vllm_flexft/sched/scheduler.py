@@ -96,6 +96,8 @@ class CoServeMixin(_SchedulerBase):
         self.finished_req_ids.update(self._chunks_in_flight)
         self._chunks_in_flight = []
         output: SchedulerOutput = super().schedule(*args, **kwargs)
+        if self._feed.retirement.pending:
+            self._feed.retirement.in_use = self._adapters_in_use()
         load = StepLoad(
             num_tokens=output.total_num_scheduled_tokens,
             num_running=len(self.running),
@@ -143,6 +145,11 @@ class CoServeMixin(_SchedulerBase):
         super().shutdown()
 
     # ---- finetuning
+
+    def _adapters_in_use(self) -> frozenset[str]:
+        """Folders of the adapters that unfinished requests name."""
+        named = (request.lora_request for request in self.requests.values())
+        return frozenset(lora.lora_path for lora in named if lora is not None)
 
     def _may_finetune(self) -> bool:
         return self._pause_state == PauseState.UNPAUSED and self._engine_running()

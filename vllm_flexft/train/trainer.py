@@ -247,7 +247,6 @@ class Trainer:
                     peft=job.peft,
                     base_model=self.setup.base_model,
                     config_hash=self.setup.config_hash,
-                    save_total_limit=job.training.save_total_limit,
                 )
             )
 
@@ -265,7 +264,6 @@ class Trainer:
                     step=result.step,
                     path=str(result.path) if result.path is not None else None,
                     final=result.kind == "final",
-                    pruned=tuple(str(path) for path in result.pruned),
                     warning=str(result.error) if result.error is not None else None,
                 )
             )
