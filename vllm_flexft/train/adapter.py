@@ -140,15 +140,13 @@ class TrainableAdapter:
             view.copy_(tensors[key])
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the masters under PEFT's names."""
-        return {key: view.detach().to("cpu", copy=True) for key, view in self._peft_items()}
+        """The masters under PEFT's names; views, which the next update changes."""
+        return dict(self._peft_items())
 
     def named_like_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut a flat vector laid out like `master` (optimizer moments) under PEFT's names."""
+        """Cut a flat vector laid out like `master` (optimizer moments) under PEFT's names; views."""
         return {
-            key: flat[view.storage_offset() : view.storage_offset() + view.numel()]
-            .view(view.shape)
-            .to("cpu", copy=True)
+            key: flat[view.storage_offset() : view.storage_offset() + view.numel()].view(view.shape)
             for key, view in self._peft_items()
         }
 

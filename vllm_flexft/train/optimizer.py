@@ -56,7 +56,7 @@ class AdapterOptimizer:
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments under PEFT's parameter names, on CPU; empty for plain SGD."""
+        """Moments under PEFT's parameter names, as views; empty for plain SGD."""
         state = self._optimizer.state.get(self._parameter, {})
         return {
             moment: self.adapter.named_like_state(state[moment])

@@ -220,7 +220,7 @@ class Trainer:
         return norm
 
     def _save(self, request: SaveRequest) -> None:
-        """Copy the state; the writer thread puts it on disk while training goes on.
+        """Hand the state to the writer, which copies it; its thread writes while training goes on.
 
         Raises FloatingPointError where the last update overflowed: that must not be published.
         """
