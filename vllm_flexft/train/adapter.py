@@ -144,7 +144,7 @@ class TrainableAdapter:
         return dict(self._peft_items())
 
     def named_like_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut a flat vector laid out like `master` (optimizer moments) under PEFT's names; views."""
+        """Views of a flat vector laid out like `master` (moments), under PEFT's names."""
         return {
             key: flat[view.storage_offset() : view.storage_offset() + view.numel()].view(view.shape)
             for key, view in self._peft_items()
