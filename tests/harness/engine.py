@@ -28,8 +28,9 @@ class CoServingEngine:
         from vllm import LLM
 
         from vllm_flexft.jobs.store import JobStore
-        from vllm_flexft.sched import feed
+        from vllm_flexft.sched import feed, retirement
 
+        retirement.GRACE_S = 0.0  # there is no API server that has to see a withdrawal
         feed.POLL_S = 0.005  # jobs of a test take less than the poll interval of a server
         self.model, self.state_dir = model, state_dir
         self.llm = LLM(

@@ -52,6 +52,7 @@ class JobFeed(threading.Thread):
         self._current: str | None = None  # id of the job that is with the scheduler
         self._lease_lost = False
         self.retirement = Retirement()
+        self._ending: tuple[PreparedJob, EndRecord] | None = None
         self._unsettled = False  # a job may be leased that never reached the scheduler
 
     # ---- the scheduler's side
@@ -95,6 +96,7 @@ class JobFeed(threading.Thread):
                 self._drain_outbox(timeout=POLL_S)
                 self._look_for_lost_lease()
                 self.retirement.delete_due()
+                self._finish_when_tidy()
                 if time.monotonic() >= next_cancel_poll:
                     next_cancel_poll = time.monotonic() + CANCEL_POLL_S
                     self._look_for_cancellation()
@@ -107,6 +109,7 @@ class JobFeed(threading.Thread):
         try:
             self._lease.stop()
             self._drain_outbox(timeout=0.0)
+            self._finish_when_tidy()
             self._release()
         except Exception:
             logger.exception("the finetuning queue could not be left in order")
@@ -178,6 +181,8 @@ class JobFeed(threading.Thread):
         if found:
             step, path = found[-1]
             restore(output_dir / METRICS_FILE, step, read_checkpoint(path).log_history)
+        limit = record.job().training.save_total_limit
+        self.retirement.retire(self._store, output_dir, limit)
 
     # ---- records
 
@@ -205,7 +210,7 @@ class JobFeed(threading.Thread):
         if isinstance(record, WrittenRecord):
             self._announce(prepared, record)
         elif isinstance(record, EndRecord):
-            self._finish(prepared, record)
+            self._ending = (prepared, record)
         else:
             assert self._reporter is not None
             metrics = self._reporter.log(record)
@@ -230,6 +235,15 @@ class JobFeed(threading.Thread):
         limit = prepared.job.training.save_total_limit
         self.retirement.retire(self._store, prepared.output_dir, limit)
 
+    def _finish_when_tidy(self) -> None:
+        """A job has ended when its folder is as it will stay: without surplus checkpoints."""
+        if self._ending is None or (self.retirement.in_grace and not self._stopping.is_set()):
+            return
+        self.retirement.delete_due()
+        prepared, record = self._ending
+        self._finish(prepared, record)
+        self._ending = None
+
     def _finish(self, prepared: PreparedJob, record: EndRecord) -> None:
         if self._reporter is not None:
             self._reporter.finish(record)
@@ -238,11 +252,7 @@ class JobFeed(threading.Thread):
         if record.cancelled:
             status = JobStatus.CANCELLED
         if not self._lease_lost:  # else its state is another engine's to tell
-            try:
-                self._end(prepared.job_id, status, record.error)
-            except sqlite3.Error:
-                self._outbox.put((prepared, record))  # once more: the job must not stay running
-                raise
+            self._end(prepared.job_id, status, record.error)
         self._current = None
 
     def _end(self, job_id: str, status: JobStatus, error: str | None = None) -> None:

@@ -18,7 +18,7 @@ from vllm_flexft.publish.manifest import CheckpointError
 
 logger = logging.getLogger("vllm.flexft")
 
-GRACE_S = 2.0  # API servers look at the store every 0.25 s
+GRACE_S = 1.0  # API servers look at the store every 0.25 s
 
 
 class Retirement:
@@ -31,6 +31,12 @@ class Retirement:
     @property
     def pending(self) -> bool:
         return bool(self._due)
+
+    @property
+    def in_grace(self) -> bool:
+        """Something is withdrawn that API servers may not have seen yet."""
+        now = time.monotonic()
+        return any(due > now for due in self._due.values())
 
     def retire(self, store: JobStore, output_dir: Path, save_total_limit: int | None) -> None:
         """Withdraw what exceeds the limit; it is deleted later."""
