@@ -4,6 +4,7 @@ The eight primitives are called through this module's globals, by the composites
 that a test can kill the process at each single operation.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -106,10 +107,14 @@ def makedirs(path: Path) -> None:
 
 
 def rmtree(path: Path) -> None:
-    """Remove a folder, link or file, if there is one. Links are not followed."""
-    if path.is_symlink() or path.is_file():
-        unlink(path)
-    elif path.is_dir():
-        for child in sorted(path.iterdir()):
-            rmtree(child)
-        rmdir(path)
+    """Remove a folder, link or file, if there is one. Links are not followed.
+
+    Another thread may be removing it as well: what is gone already is not missed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or path.is_file():
+            unlink(path)
+        elif path.is_dir():
+            for child in sorted(path.iterdir()):
+                rmtree(child)
+            rmdir(path)
