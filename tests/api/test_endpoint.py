@@ -75,10 +75,12 @@ def test_render_server_without_an_engine_gets_no_watcher():
 
 
 def test_vllm_loads_the_endpoint_once_the_flag_has_set_the_allowlist(monkeypatch):
+    from vllm import envs
     from vllm.plugins import load_endpoint_plugins
 
     from vllm_flexft.plugin import allow_plugins
 
+    envs.disable_envs_cache()  # an engine started earlier in this process turned it on
     monkeypatch.setenv("VLLM_PLUGINS", "")  # so that monkeypatch restores what follows
     monkeypatch.delenv("VLLM_PLUGINS")
     allow_plugins()

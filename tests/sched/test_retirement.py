@@ -31,7 +31,8 @@ def left(output_dir: Path) -> list[str]:
     return sorted(path.name for path in output_dir.iterdir())
 
 
-def test_nothing_is_deleted_before_the_grace_is_over(output_dir, store):
+def test_nothing_is_deleted_before_the_grace_is_over(output_dir, store, monkeypatch):
+    monkeypatch.setattr(retirement, "GRACE_S", 3600.0)
     retiring = Retirement()
     retiring.retire(store, output_dir, 2)
     retiring.delete_due()

@@ -206,12 +206,20 @@ def scaling_of_the_slot_missing(patch: Patch) -> None:
 
 
 def captured_one_row_low(patch: Patch) -> None:
-    from vllm_flexft.runner import hook
+    from vllm_flexft.runner.capture import CapturedRows
+    from vllm_flexft.runner.hook import CoServeRunnerMixin
 
-    rows = hook.CapturedRows
-    patch.setattr(
-        hook, "CapturedRows", lambda start, stop, lane, to: rows(start, stop - 1, lane, to + 1)
-    )
+    located = CoServeRunnerMixin._finetune_rows
+
+    def one_low(self: Any, plan: Any) -> list[CapturedRows]:
+        rows = []
+        for at in located(self, plan):
+            # The first row is written too: what an unwritten one holds is chance.
+            rows.append(CapturedRows(at.start, at.start + 1, at.lane, at.to))
+            rows.append(CapturedRows(at.start, at.stop - 1, at.lane, at.to + 1))
+        return rows
+
+    patch.setattr(CoServeRunnerMixin, "_finetune_rows", one_low)
 
 
 def kv_blocks_swapped(patch: Patch) -> None:
