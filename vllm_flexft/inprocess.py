@@ -27,6 +27,7 @@ def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]
 
     Raises:
         ValueError: the engine does not co-serve.
+        RuntimeError: the engine takes no jobs any more, as after the job store was found damaged.
         TimeoutError: a job is still queued or running at the timeout.
     """
     vllm_config = llm.llm_engine.vllm_config
@@ -50,6 +51,8 @@ def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]
             known = {r.name for r in records} | {r.name for r in store.list() if r.refused}
             if all(r.status in FINISHED for r in records) and names <= known:
                 return records
+        if core is not None and (failure := core.scheduler.finetuning_failure) is not None:
+            raise RuntimeError(f"finetuning has stopped: {failure}")
         if deadline is not None and now > deadline:
             raise TimeoutError(f"jobs did not end within {timeout:.0f} s")
         if not worked:

@@ -5,6 +5,7 @@ formats   a row of any format -> TextExample, PromptCompletionExample or ChatExa
 chat      a ChatExample -> text and the character spans the assistant wrote
 tokenize  text and spans -> token ids and which of them are targets
 dataset   all of it, kept in flat arrays
+preparer  a process that does all of it, away from the engine's
 order     which rows an optimizer step trains on
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,6 @@ from vllm_flexft.config import DEFAULT_MAX_LENGTH, DatasetConfig
 from vllm_flexft.data.files import DataError, SourceRow, read_rows
 from vllm_flexft.data.formats import normaliser
 from vllm_flexft.data.tokenize import ExampleTokenizer, Mask, TokenIds
-
-logger = logging.getLogger(__name__)
 
 # Rows a call of the tokenizer: enough to keep its threads busy, a few MB of Python offsets.
 _BATCH_ROWS = 512
@@ -79,7 +76,7 @@ class TrainingData:
     def __init__(
         self, token_ids: TokenIds, supervised: Mask, offsets: Any, rows: Any, report: DataReport
     ) -> None:
-        """Use `load`.
+        """Use `load`, or `data.preparer.DatasetPreparer`, which calls it in another process.
 
         Args:
             token_ids, supervised: all sequences, one after the other.
@@ -89,8 +86,18 @@ class TrainingData:
         self._token_ids, self._supervised = token_ids, supervised
         self._offsets, self._rows = offsets, rows
         self.report = report
-        for array in (token_ids, supervised):
+        for array in self.arrays:
             array.flags.writeable = False  # __getitem__ hands out views
+
+    @property
+    def arrays(self) -> tuple[TokenIds, Mask, Any, Any]:
+        """token_ids, supervised, offsets, rows, as `__init__` takes them."""
+        return self._token_ids, self._supervised, self._offsets, self._rows
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(np.diff(self._offsets).max())
 
     @classmethod
     def load(cls, config: DatasetConfig, tokenizer: Any, *, max_model_len: int) -> TrainingData:
@@ -115,9 +122,7 @@ class TrainingData:
         for batch in _batches(itertools.chain([first], rows)):
             encoded = tokenise([normalise(row) for row in batch], [row.where for row in batch])
             builder.add(batch, encoded)
-        data = builder.finish()
-        logger.info("%s: %s", config.path, data.report)
-        return data
+        return builder.finish()
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -7,7 +7,7 @@ job is opened and before anything is trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from vllm_flexft.config import DatasetConfig, FinetuneJob, PeftConfig
 from vllm_flexft.data.dataset import TrainingData
 from vllm_flexft.data.order import BatchOrder
+from vllm_flexft.data.preparer import DatasetPreparer, TokenizerSource
 from vllm_flexft.graph.families import target_layers
 from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
 from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
@@ -46,19 +47,36 @@ class Admission:
     def __init__(
         self, model_config: Any, limits: EngineLimits, reserved_names: Collection[str]
     ) -> None:
-        self._model_config, self._limits = model_config, limits
-        self._reserved_names = reserved_names
-        self._tokenizer: Any = None
+        self._limits, self._reserved_names = limits, reserved_names
+        self.preparer = DatasetPreparer(
+            TokenizerSource(
+                model_config.tokenizer,
+                model_config.tokenizer_revision,
+                model_config.trust_remote_code,
+            )
+        )
 
-    def prepare(self, job_id: str, job: FinetuneJob, output_dir: Path) -> PreparedJob:
+    def prepare(
+        self,
+        job_id: str,
+        job: FinetuneJob,
+        output_dir: Path,
+        check: Callable[[], None] = lambda: None,
+    ) -> PreparedJob:
         """Check the job, tokenise its data, find its resume point, write its job.yaml.
 
+        `check` is called while data is tokenised; what it raises ends the preparation.
         Raises ValueError or OSError, with a message for the user, for a job that cannot run.
         """
+
+        def load(dataset: DatasetConfig) -> TrainingData:
+            limit = self._limits.max_model_len
+            return self.preparer.load(dataset, max_model_len=limit, check=check)
+
         self._check_name(job.name)
         lowest_layer = self._check_peft(job.peft)
-        train = self._load(job.dataset)
-        validation = self._load(job.validation) if job.validation is not None else None
+        train = load(job.dataset)
+        validation = load(job.validation) if job.validation is not None else None
         training = job.training
         order = BatchOrder(
             len(train),
@@ -107,22 +125,9 @@ class Admission:
             check_init_adapter(config, peft, peft.target_module_names, layers)
         return min(layers)
 
-    def _load(self, dataset: DatasetConfig) -> TrainingData:
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._model_config.tokenizer,
-                revision=self._model_config.tokenizer_revision,
-                trust_remote_code=self._model_config.trust_remote_code,
-            )
-        return TrainingData.load(dataset, self._tokenizer, max_model_len=self._limits.max_model_len)
-
     def _longest(self, *datasets: TrainingData | None) -> int:
         """Tokens of the longest sequence, which the KV cache must be able to hold."""
-        longest = max(
-            max(len(data[i].token_ids) for i in range(len(data))) for data in datasets if data
-        )
+        longest = max(data.longest for data in datasets if data is not None)
         if longest > self._limits.kv_tokens:
             raise ValueError(
                 f"dataset.max_length: a sequence of {longest} tokens does not fit the KV cache, "

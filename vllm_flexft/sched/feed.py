@@ -36,6 +36,12 @@ logger = logging.getLogger("vllm.flexft")
 POLL_S = 0.2
 CANCEL_POLL_S = 0.5  # a user who cancels is watching
 RETRY_S = 2.0  # after the store could not be read or written
+MAX_RETRY_S = 60.0  # where it cannot be opened: a full or a foreign disk
+KEEP_PREPARER_S = 60.0  # jobs often come in a row
+
+
+class _NotWantedError(Exception):
+    """The job that is being prepared was cancelled or taken over, or the engine stops."""
 
 
 class JobFeed(threading.Thread):
@@ -54,6 +60,7 @@ class JobFeed(threading.Thread):
         self.retirement = Retirement()
         self._ending: tuple[PreparedJob, EndRecord] | None = None
         self._unsettled = False  # a job may be leased that never reached the scheduler
+        self.failure: str | None = None  # why this thread ended before it was told to
 
     # ---- the scheduler's side
 
@@ -82,14 +89,39 @@ class JobFeed(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._store = JobStore(job_store_path(self._config.options))
-            self._owner = new_owner()
-            self._lease = LeaseKeeper(self._store, self._owner)
-            self._lease.start()
-            self._submit_configured_jobs()
-        except Exception:
-            logger.exception("the finetuning queue failed; inference goes on without it")
-            return
+            if self._open_store():
+                self._serve()
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            logger.exception("the finetuning queue has stopped; inference goes on without it")
+        finally:
+            self._admission.preparer.close()
+
+    def _open_store(self) -> bool:
+        """Also takes in the jobs named at start. False when the engine stops first.
+
+        Raises ValueError for a file that is no job store: waiting would not mend it.
+        """
+        path, retry_s = job_store_path(self._config.options), RETRY_S
+        while not self._stopping.is_set():
+            try:
+                self._store = JobStore(path)
+                self._owner = new_owner()
+                self._submit_configured_jobs()
+            except (sqlite3.Error, OSError) as error:
+                logger.error(
+                    "the finetuning queue %s cannot be opened: %s; trying again in %.0f s",
+                    path, error, retry_s,
+                )  # fmt: skip
+                self._stopping.wait(retry_s)
+                retry_s = min(2 * retry_s, MAX_RETRY_S)
+            else:
+                return True
+        return False
+
+    def _serve(self) -> None:
+        self._lease = LeaseKeeper(self._store, self._owner)
+        self._lease.start()
         next_cancel_poll = 0.0
         while not self._stopping.is_set():
             try:
@@ -102,6 +134,7 @@ class JobFeed(threading.Thread):
                     self._look_for_cancellation()
                 if self._current is None:
                     self._lease_next()
+                self._admission.preparer.close_if_unused(KEEP_PREPARER_S)
             except Exception:  # a full disk, a locked file: it may pass
                 logger.exception("the finetuning queue cannot be read or written; trying again")
                 self._unsettled = True
@@ -135,6 +168,11 @@ class JobFeed(threading.Thread):
             self._lease.beat()
             try:
                 prepared = self._prepare(record)
+            except _NotWantedError:
+                if not self._stopping.is_set():  # else it goes back to the queue
+                    self._end(record.id, JobStatus.CANCELLED)
+            except sqlite3.Error:
+                raise  # no fault of the job's
             except (ValueError, OSError) as error:
                 logger.error("Finetune job %s is refused: %s", record.name, error)
                 self._end(record.id, JobStatus.FAILED, str(error))
@@ -166,7 +204,18 @@ class JobFeed(threading.Thread):
                 f"output_dir: {output_dir} holds the adapter of a job of another configuration; "
                 "choose another output_dir, or move that adapter away"
             )
-        prepared = self._admission.prepare(record.id, job, output_dir)
+        next_look = 0.0
+
+        def check() -> None:
+            nonlocal next_look
+            if self._stopping.is_set() or not self._lease.holds(record.id):
+                raise _NotWantedError
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + CANCEL_POLL_S
+                if self._store.cancel_requested(record.id):
+                    raise _NotWantedError
+
+        prepared = self._admission.prepare(record.id, job, output_dir, check)
         self._reporter = Reporter(prepared)
         return prepared
 

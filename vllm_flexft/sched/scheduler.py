@@ -90,6 +90,11 @@ class CoServeMixin(_SchedulerBase):
         self._feed.wake = wake
         self._engine_running = is_running
 
+    @property
+    def finetuning_failure(self) -> str | None:
+        """Why no job will be trained any more; None while jobs are taken."""
+        return self._feed.failure
+
     # ---- vLLM's interface
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
