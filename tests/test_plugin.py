@@ -15,6 +15,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_flexft import plugin
+from vllm_flexft.plugin import PUBLISHED_ADAPTERS
 from vllm_flexft.wiring import CoServeConfig
 
 plugin.register()
@@ -262,6 +263,12 @@ def test_training_slots_come_on_top_of_the_users_max_loras(model, environment):
     ours = CoServeConfig.from_vllm_config(config)
     assert (config.lora_config.max_loras, config.lora_config.max_cpu_loras) == (4, 6)
     assert (ours.serving_max_loras, ours.num_training_slots) == (3, 1)
+
+
+def test_adapter_cache_has_room_for_published_adapters_unless_the_user_set_it(model, environment):
+    config = from_command_line("--co-finetune", "--max-loras", "3", model=model)
+    assert config.lora_config.max_loras == 4
+    assert config.lora_config.max_cpu_loras == 4 + PUBLISHED_ADAPTERS
 
 
 def test_second_config_of_the_same_arguments_is_the_same(model, environment, job_file):

@@ -28,6 +28,8 @@ WORKERS = {
 SCHEDULER = "vllm_flexft.sched.scheduler.CoServeScheduler"
 ASYNC_SCHEDULER = "vllm_flexft.sched.scheduler.CoServeAsyncScheduler"
 
+PUBLISHED_ADAPTERS = 2  # that vLLM's cache of adapters has room for beyond the LoRA slots
+
 # An allowlist in VLLM_PLUGINS holds for all groups. Those of these groups would be loaded without
 # one; endpoint plugins other than ours would not, and stay off.
 _PLUGIN_GROUPS = (
@@ -191,13 +193,17 @@ def _lora_and_worker(engine_args: EngineArgs, carried: dict[str, Any]) -> dict[s
 
     training_slots = wiring.read_options(carried).max_jobs_at_once
     max_loras = engine_args.max_loras + training_slots
-    max_cpu_loras = engine_args.max_cpu_loras
+    if engine_args.max_cpu_loras:
+        max_cpu_loras = engine_args.max_cpu_loras + training_slots
+    else:
+        # vLLM's default, max_loras, has no room for an adapter just published: loading it would
+        # evict one that requests use, which is then read from disk again in the middle of a step.
+        max_cpu_loras = max_loras + PUBLISHED_ADAPTERS
     return {
         "enable_lora": True,
         "max_lora_rank": wiring.required_rank(carried, engine_args.max_lora_rank),
         "max_loras": max_loras,
-        # vLLM's default is max_loras. The training adapters live in this cache as well.
-        "max_cpu_loras": max_cpu_loras + training_slots if max_cpu_loras else None,
+        "max_cpu_loras": max_cpu_loras,  # the training adapters live in this cache as well
         "worker_cls": WORKERS[current_platform.device_type],
     }
 

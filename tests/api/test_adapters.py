@@ -8,11 +8,14 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 
+from vllm_flexft.api import adapters
 from vllm_flexft.api.adapters import AdapterWatcher
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.jobs.store import JobStore
@@ -72,29 +75,34 @@ def server(store_path):
     return Server(store_path)
 
 
+def write_files(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({"A": np.zeros((2, 3))}, folder / "adapter_model.safetensors")
+
+
 @pytest.fixture
 def publish(store, tmp_path):
-    def publish(name, model=MODEL, folder=True):
+    def publish(name, model=MODEL, folder=True, final=True):
         job = FinetuneJob.from_mapping(
             {
                 "name": name.split("@")[0],
                 "dataset": {"path": "t.jsonl"},
-                "output_dir": str(tmp_path / name),
+                "output_dir": str(tmp_path / name.split("@")[0]),
             }
         )
         record = store.submit(job, model=model)
         path = tmp_path / "out" / name
         if folder:
             path.mkdir(parents=True)
-            (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-        store.add_version(record.id, name, str(path), step=1, final=True)
+            write_files(path)
+        store.add_version(record.id, name, str(path), step=1, final=final)
         return path
 
     return publish
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -171,6 +179,82 @@ def test_adapter_that_vllm_cannot_load_is_logged_once_and_not_served(server, pub
     asyncio.run(server.watcher.update())
     assert server.models.lora_requests == {}
     assert caplog.text.count("rank 64 is greater than max_lora_rank 16") == 1
+
+
+@pytest.mark.parametrize("obstacle", ["load", "folder", "name"])
+def test_version_is_served_as_soon_as_what_was_in_the_way_is_gone(
+    server, publish, monkeypatch, obstacle
+):
+    monkeypatch.setattr(adapters, "RETRY_S", 0.01)
+    path = publish("tuned", folder=obstacle != "folder")
+    if obstacle == "load":
+        server.engine.broken.add("tuned")
+    elif obstacle == "name":
+        server.models.lora_requests["tuned"] = LoRARequest("tuned", 1, "/mine")
+
+    async def run():
+        await server.watcher.start()
+        assert "tuned" not in dict(server.engine.loaded)
+        if obstacle == "folder":
+            path.mkdir(parents=True)
+            write_files(path)
+        elif obstacle == "load":
+            server.engine.broken.clear()
+        else:
+            del server.models.lora_requests["tuned"]
+        await until(lambda: "tuned" in dict(server.engine.loaded))
+        await server.watcher.stop()
+
+    asyncio.run(run())
+    assert server.models.lora_requests["tuned"].lora_path == str(path)
+
+
+def test_failed_version_is_tried_less_and_less_often(server, publish, monkeypatch):
+    publish("tuned")
+    server.engine.broken.add("tuned")
+    now, tries = [0.0], []
+    monkeypatch.setattr(adapters.time, "monotonic", lambda: now[0])
+    serve = server.watcher._serve
+
+    async def noted(version):
+        tries.append(now[0])
+        return await serve(version)
+
+    monkeypatch.setattr(server.watcher, "_serve", noted)
+    for now[0] in range(200):
+        asyncio.run(server.watcher.update())
+    assert tries == [0, 1, 3, 7, 15, 31, 63, 123, 183]
+
+
+def test_of_a_job_only_the_final_adapter_is_loaded_and_all_are_listed(server, publish):
+    for step in (1, 2):
+        publish(f"tuned@step-{step}", final=False)
+    publish("tuned")
+    publish("running@step-1", final=False)
+    publish("running@step-2", final=False)
+    asyncio.run(server.watcher.update())
+    publish("running@step-3", final=False)
+    asyncio.run(server.watcher.update())
+    assert [name for name, _ in server.engine.loaded] == ["tuned", "running@step-2"]
+    assert len(server.models.lora_requests) == 6
+
+
+def test_checkpoint_of_a_job_that_vllm_cannot_load_is_not_listed(server, publish):
+    server.engine.broken.update({"tuned@step-1", "tuned@step-2"})
+    for step in (1, 2):
+        publish(f"tuned@step-{step}", final=False)
+    asyncio.run(server.watcher.update())
+    assert server.models.lora_requests == {}
+
+
+def test_checkpoint_with_weights_cut_short_is_not_listed(server, publish, caplog):
+    publish("tuned")
+    path = publish("tuned@step-1", final=False)
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    asyncio.run(server.watcher.update())
+    assert list(server.models.lora_requests) == ["tuned"]
+    assert f"Adapter tuned@step-1 is not served: {weights} cannot be read" in caplog.text
 
 
 def test_retired_version_is_no_longer_listed(server, publish, store):

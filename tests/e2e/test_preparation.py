@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -25,7 +26,7 @@ def decode_gap(engine: CoServingEngine) -> float:
     while not pump.answered:
         pump.step()
         ends.append(time.perf_counter())
-    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
 def test_tokens_keep_coming_while_a_large_dataset_is_tokenised(

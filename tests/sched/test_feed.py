@@ -133,9 +133,7 @@ def test_records_reach_the_store_and_the_output_folder(
     assert [json.loads(line)["step"] for line in lines] == [1]
 
 
-def test_a_cancellation_is_seen(
-    feed: JobFeed, store: JobStore, tmp_path: Path
-) -> None:
+def test_a_cancellation_is_seen(feed: JobFeed, store: JobStore, tmp_path: Path) -> None:
     job_id = submit(store, tmp_path, "a")
     prepared = take(feed)
     time.sleep(0.1)
