@@ -35,10 +35,7 @@ def make_state() -> Callable[[int], TrainState]:
             step=step,
             adapter=matrices(),
             optimizer={"exp_avg": matrices(), "exp_avg_sq": matrices()},
-            counters={"epoch": 0.1 * step, "num_tokens": 2**53 + step},
-            data_cursor={"epoch": 0, "row": 8 * step},
-            rng={"torch": torch.get_rng_state(), "seed": 42},
-            early_stopping={"best": 1.0 / 3.0, "best_step": None},
+            counters={"best_eval_loss": 0.1 * step, "num_tokens": 2**53 + step, "evals": None},
             log_history=[{"step": step, "loss": 1.0 / 3.0}],
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_flexft.config import FinetuneJob
-from vllm_flexft.publish import fsops
+from vllm_flexft.publish import checkpoint, fsops
 from vllm_flexft.publish.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from vllm_flexft.publish.checkpoint import (
     checkpoints,
@@ -48,7 +48,6 @@ def assert_same_state(a, b) -> None:
     def plain(state):
         fields = dataclasses.asdict(state)
         tensors = {"adapter": fields.pop("adapter"), **fields.pop("optimizer")}
-        tensors["rng"] = {"torch": fields["rng"].pop("torch")}
         return fields, {f"{k}/{n}": t for k, group in tensors.items() for n, t in group.items()}
 
     (fields_a, tensors_a), (fields_b, tensors_b) = plain(a), plain(b)
@@ -69,10 +68,10 @@ def test_a_state_comes_back_bit_for_bit(write, make_state) -> None:
     assert_same_state(read_checkpoint(write(7)), make_state(7))
 
 
-def test_state_without_moments_or_rng_comes_back(tmp_path, make_state, peft) -> None:
-    state = dataclasses.replace(make_state(1), optimizer={}, rng=None, early_stopping=None)
+def test_a_state_without_moments_comes_back(tmp_path, make_state, peft) -> None:
+    state = dataclasses.replace(make_state(1), optimizer={})
     read = read_checkpoint(write_checkpoint(tmp_path, state, peft, "base", "c"))
-    assert (read.optimizer, read.rng, read.early_stopping) == ({}, None, None)
+    assert read.optimizer == {}
 
 
 def test_a_checkpoint_is_an_adapter_too(write, make_state) -> None:
@@ -254,8 +253,17 @@ def test_a_snapshot_shares_no_memory_with_the_masters(make_state) -> None:
     live = make_state(3)
     snapshot = live.snapshot()
     assert_same_state(snapshot, make_state(3))
-    for tensors in (live.adapter, *live.optimizer.values(), {"rng": live.rng["torch"]}):
+    for tensors in (live.adapter, *live.optimizer.values()):
         for tensor in tensors.values():
             tensor.zero_()
     live.counters["num_tokens"] = 0
     assert_same_state(snapshot, make_state(3))
+
+
+def test_a_checkpoint_found_sound_just_before_is_read_without_its_sums(
+    write, out, make_state, monkeypatch
+):
+    path = write(1)
+    assert latest_checkpoint(out) == path
+    monkeypatch.setattr(checkpoint, "verify_files", lambda *_: pytest.fail("hashed again"))
+    assert_same_state(read_checkpoint(path, verify=False), make_state(1))

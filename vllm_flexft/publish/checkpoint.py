@@ -2,8 +2,8 @@
 
     checkpoint-N/adapter_model.safetensors   fp32 A and B    } together a PEFT adapter,
     checkpoint-N/adapter_config.json                         } which can be served as it is
-    checkpoint-N/optimizer.safetensors       moments, and RNG state that is a tensor
-    checkpoint-N/trainer_state.json          counters, recent metrics, RNG, early stopping
+    checkpoint-N/optimizer.safetensors       moments, as "exp_avg/<adapter_key>"
+    checkpoint-N/trainer_state.json          step, counters, recent metrics
     checkpoint-N/manifest.json               SHA-256 of each
 
 It is written into a hidden sibling folder, every file and folder is synced, and one rename makes
@@ -50,17 +50,15 @@ Tensors = Mapping[str, torch.Tensor]
 class TrainState:
     """All that a run needs to go on as if it had never stopped.
 
-    The learning rate is a function of `step` and needs no state of its own. Everything that is
-    not a tensor must be plain JSON, with finite floats; they come back bit for bit.
+    The place in the data and the learning rate are functions of `step`, and early stopping goes by
+    the counters. Everything that is not a tensor must be plain JSON, with finite floats; they come
+    back bit for bit.
     """
 
     step: int  # optimizer steps done
     adapter: Tensors  # fp32 masters by `adapter_key`
     optimizer: Mapping[str, Tensors]  # e.g. {"exp_avg": {adapter_key: ...}, "exp_avg_sq": ...}
-    counters: Mapping[str, Any] = field(default_factory=dict)  # epoch, num_tokens, ...
-    data_cursor: Mapping[str, Any] = field(default_factory=dict)
-    rng: Mapping[str, Any] | None = None  # values: tensors or JSON
-    early_stopping: Mapping[str, Any] | None = None  # best metric, its step, patience used
+    counters: Mapping[str, Any] = field(default_factory=dict)  # num_tokens, best_eval_loss, ...
     log_history: Sequence[Mapping[str, Any]] = ()  # recent lines of metrics.jsonl
 
     def snapshot(self) -> TrainState:
@@ -69,16 +67,12 @@ class TrainState:
         def copy(tensors: Tensors) -> dict[str, torch.Tensor]:
             return {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
 
-        rng = None if self.rng is None else {k: _copied(v) for k, v in self.rng.items()}
         return replace(
             self,
             adapter=copy(self.adapter),
             optimizer={name: copy(t) for name, t in self.optimizer.items()},
-            counters=_copied(self.counters),
-            data_cursor=_copied(self.data_cursor),
-            early_stopping=_copied(self.early_stopping),
-            log_history=_copied(list(self.log_history)),
-            rng=rng,
+            counters=dict(self.counters),
+            log_history=[dict(line) for line in self.log_history],
         )
 
 
@@ -158,20 +152,23 @@ def sound_checkpoints(output_dir: Path, config_hash: str) -> list[tuple[int, Pat
     return found
 
 
-def read_checkpoint(path: Path) -> TrainState:
-    """Verify and read a checkpoint. Raises CheckpointError naming the file and the problem."""
-    manifest = _verify(path)
+def read_checkpoint(path: Path, *, verify: bool = True) -> TrainState:
+    """Read a checkpoint. Raises CheckpointError naming the file and the problem.
+
+    `verify=False` leaves out the sums, of one that was found by `latest_checkpoint` just before.
+    """
+    manifest = _verify(path) if verify else read_manifest(path / MANIFEST_FILE)
     try:
         adapter = load_file(path / WEIGHTS_FILE)
         flat = load_file(path / OPTIMIZER_FILE)
         state = json.loads((path / STATE_FILE).read_bytes())
-        state["rng"] = _with_rng_tensors(state["rng"], flat)
-        optimizer: dict[str, dict[str, torch.Tensor]] = {n: {} for n in state.pop("optimizer")}
+        optimizer: dict[str, dict[str, torch.Tensor]] = {n: {} for n in state["optimizer"]}
         for key, tensor in flat.items():
             kind, _, name = key.partition("/")
-            if kind != "rng":
-                optimizer[kind][name] = tensor
-        return TrainState(step=manifest.step, adapter=adapter, optimizer=optimizer, **state)
+            optimizer[kind][name] = tensor
+        return TrainState(
+            manifest.step, adapter, optimizer, state["counters"], state["log_history"]
+        )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path} cannot be read: {e!r}") from e
 
@@ -255,35 +252,15 @@ def _discard(path: Path) -> None:
 
 
 def _flat_tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """Moments as "exp_avg/<adapter_key>", tensors of the RNG state as "rng/<name>"."""
-    flat = {f"{k}/{n}": t for k, group in state.optimizer.items() for n, t in group.items()}
-    rng = state.rng or {}
-    return flat | {f"rng/{n}": t for n, t in rng.items() if isinstance(t, torch.Tensor)}
+    """Moments as "exp_avg/<adapter_key>"."""
+    return {f"{k}/{n}": t for k, group in state.optimizer.items() for n, t in group.items()}
 
 
 def _encode_state(state: TrainState) -> bytes:
-    rng = state.rng
-    if rng is not None:
-        rng = {k: v for k, v in rng.items() if not isinstance(v, torch.Tensor)}
-    assert not {"rng"} & set(state.optimizer), "the name belongs to the RNG state"
     body = {
+        "step": state.step,
         "optimizer": sorted(state.optimizer),
         "counters": state.counters,
-        "data_cursor": state.data_cursor,
-        "rng": rng,
-        "early_stopping": state.early_stopping,
         "log_history": list(state.log_history),
     }
     return json.dumps(body, indent=2, allow_nan=False).encode() + b"\n"
-
-
-def _with_rng_tensors(rng: dict[str, Any] | None, flat: Tensors) -> dict[str, Any] | None:
-    if rng is None:
-        return None
-    return rng | {k.removeprefix("rng/"): t for k, t in flat.items() if k.startswith("rng/")}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    return json.loads(json.dumps(value, allow_nan=False))

@@ -141,7 +141,7 @@ def _find_resume_point(prepared: PreparedJob) -> None:
     checkpoint = latest_checkpoint(prepared.output_dir, prepared.config_hash)
     if checkpoint is None:
         return
-    state = read_checkpoint(checkpoint)
+    state = read_checkpoint(checkpoint, verify=False)
     prepared.resume_from, prepared.resume_step = checkpoint, state.step
     prepared.counters = Counters(**state.counters)
     prepared.log_history = state.log_history

@@ -229,7 +229,9 @@ class JobFeed(threading.Thread):
             self._store.add_version(record.id, name, str(path), step, final=False)
         if found:
             step, path = found[-1]
-            restore(output_dir / METRICS_FILE, step, read_checkpoint(path).log_history)
+            restore(
+                output_dir / METRICS_FILE, step, read_checkpoint(path, verify=False).log_history
+            )
         limit = record.job().training.save_total_limit
         self.retirement.retire(self._store, output_dir, limit)
 

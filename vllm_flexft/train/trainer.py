@@ -115,7 +115,8 @@ class Trainer:
         """Checkpoint, else the adapter to start from, else a fresh initialisation."""
         job = self.setup.job
         if self.setup.resume_from is not None:
-            state = read_checkpoint(Path(self.setup.resume_from))
+            # The scheduler's side has verified it. This runs in a step: it must not hash it again.
+            state = read_checkpoint(Path(self.setup.resume_from), verify=False)
             self.adapter.load(state.adapter)
             self.optimizer.load(state.optimizer, state.step)
         elif job.peft.init_adapter is not None:
@@ -231,7 +232,6 @@ class Trainer:
             adapter=self.adapter.state(),
             optimizer=self.optimizer.state(),
             counters=request.counters,
-            rng=None,
             log_history=[*self._log_history, *request.evaluations],
         )
         job = self.setup.job
