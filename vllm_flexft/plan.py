@@ -116,7 +116,9 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatchLoss:
+class EvaluationLoss:
+    """Of a micro-batch that is evaluated."""
+
     micro_batch: int
     loss_sum: float  # over supervised tokens, unscaled
     num_correct: int
@@ -136,8 +138,9 @@ class Written:
 class StepResult:
     job_id: str
     opened: bool = False
-    losses: tuple[MicroBatchLoss, ...] = ()
+    evaluated: tuple[EvaluationLoss, ...] = ()
     updated_step: int | None = None
+    loss: float | None = None  # of the updated step, mean over its supervised tokens
     grad_norm: float | None = None
     written: tuple[Written, ...] = ()
     error: str | None = None  # the job cannot go on; nothing of this step was applied

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_flexft.plan import MicroBatch, MicroBatchLoss, StepPlan, StepResult, Written
+from vllm_flexft.plan import EvaluationLoss, MicroBatch, StepPlan, StepResult, Written
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EvalRecord, StepRecord
@@ -61,14 +61,15 @@ class BookKeeper:
             assert prompt[:end] == batch.token_ids[lane_row : lane_row + end].tolist()
             assert len(block_ids[0]) >= -(-end // BLOCK)
             self.filled[batch.id].update(range(chunk.row, chunk.row + chunk.num_tokens))
-        losses = []
+        evaluated = []
         for part in plan.backward:
             batch = self.batches[part.micro_batch]
             assert self.filled[batch.id] == set(range(batch.num_tokens)), "not all was forwarded"
             self.slices[batch.id] += part.count
             assert self.slices[batch.id] <= self.num_slices(batch)
             if self.slices[batch.id] == self.num_slices(batch):
-                losses.append(self.finish(batch))
+                if (evaluation := self.finish(batch)) is not None:
+                    evaluated.append(evaluation)
         if plan.optimizer_step is not None:
             assert not any(batch.train for batch in self.batches.values()), "update too early"
             self.updates.append(plan.optimizer_step.step)
@@ -79,20 +80,20 @@ class BookKeeper:
             written = (Written(plan.save.step, "folder", plan.save.final),)
         step = plan.optimizer_step
         return StepResult(
-            "job", losses=tuple(losses), written=written,
-            updated_step=None if step is None else step.step, grad_norm=1.0,
+            "job", evaluated=tuple(evaluated), written=written,
+            updated_step=None if step is None else step.step, loss=2.0, grad_norm=1.0,
         )  # fmt: skip
 
-    def finish(self, batch: MicroBatch) -> MicroBatchLoss:
+    def finish(self, batch: MicroBatch) -> EvaluationLoss | None:
         del self.batches[batch.id]
         self.finished.append(batch)
         pairs = list(zip(batch.offsets, batch.offsets[1:], strict=False))
         targets = int(batch.supervised.sum())
         if batch.train:
             self.rows_of_step[-1] += [tuple(batch.token_ids[a:b].tolist()) for a, b in pairs]
-            return MicroBatchLoss(batch.id, 2.0 * targets, 0)
+            return None
         loss = self.eval_losses[len(self.updates) - 1] if self.eval_losses else 3.0
-        return MicroBatchLoss(batch.id, loss * targets, targets // 2)
+        return EvaluationLoss(batch.id, loss * targets, targets // 2)
 
 
 def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:

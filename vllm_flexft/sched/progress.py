@@ -59,8 +59,6 @@ class _PlannedStep:
     num_tokens: int
     num_input_tokens: int
     step_input_tokens: int
-    targets: int
-    loss_sum: float = 0.0
 
 
 @dataclass(slots=True)
@@ -78,7 +76,6 @@ class RunProgress:
     def __init__(self, counters: Counters, patience: int | None) -> None:
         self._counters, self._patience = counters, patience
         self._steps: dict[int, _PlannedStep] = {}
-        self._step_of: dict[int, int] = {}  # training micro-batch -> optimizer step
         self._evaluation: _Evaluation | None = None
         self._last_update = time.monotonic()
         self.recent_evaluations: deque[dict[str, Any]] = deque(maxlen=RECENT_EVALUATIONS)
@@ -94,7 +91,7 @@ class RunProgress:
         return self._evaluation is not None
 
     def step_planned(
-        self, step: int, epoch: float, learning_rate: float, targets: int, input_tokens: int
+        self, step: int, epoch: float, learning_rate: float, input_tokens: int
     ) -> None:
         self._steps[step] = _PlannedStep(
             epoch=epoch,
@@ -102,11 +99,7 @@ class RunProgress:
             num_tokens=self._counters.num_tokens,
             num_input_tokens=self._counters.num_input_tokens,
             step_input_tokens=input_tokens,
-            targets=targets,
         )
-
-    def batch_planned(self, batch_id: int, step: int) -> None:
-        self._step_of[batch_id] = step
 
     def evaluation_planned(self, step: int, targets: int) -> None:
         self._evaluation = _Evaluation(step, targets, set())
@@ -117,30 +110,29 @@ class RunProgress:
 
     def on_result(self, result: StepResult, all_evaluation_planned: bool) -> list[Record]:
         records: list[Record] = []
-        for loss in result.losses:
-            if loss.micro_batch in self._step_of:
-                step = self._step_of.pop(loss.micro_batch)
-                self._steps[step].loss_sum += loss.loss_sum
-            elif self._evaluation is not None:
-                self._evaluation.pending.discard(loss.micro_batch)
-                self._evaluation.loss_sum += loss.loss_sum
-                self._evaluation.num_correct += loss.num_correct
+        if self._evaluation is not None:
+            for part in result.evaluated:
+                self._evaluation.pending.discard(part.micro_batch)
+                self._evaluation.loss_sum += part.loss_sum
+                self._evaluation.num_correct += part.num_correct
         if result.updated_step is not None:
-            records.append(self._step_record(result.updated_step, result.grad_norm or 0.0))
+            assert result.loss is not None
+            assert result.grad_norm is not None
+            records.append(self._step_record(result.updated_step, result.loss, result.grad_norm))
         if (evaluation := self._evaluation) and all_evaluation_planned and not evaluation.pending:
             records.append(self._eval_record(evaluation))
             self._evaluation = None
         records.extend(WrittenRecord(written) for written in result.written)
         return records
 
-    def _step_record(self, step: int, grad_norm: float) -> StepRecord:
+    def _step_record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
         planned, now = self._steps.pop(step), time.monotonic()
         seconds, self._last_update = now - self._last_update, now
         self._counters.train_seconds += seconds
         return StepRecord(
             step=step + 1,
             epoch=planned.epoch,
-            loss=planned.loss_sum / planned.targets,
+            loss=loss,
             learning_rate=planned.learning_rate,
             grad_norm=grad_norm,
             num_tokens=planned.num_tokens,

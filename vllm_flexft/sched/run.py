@@ -226,8 +226,6 @@ class FinetuneRun:
         self._next_id += 1
         if self._evaluating:
             self.progress.eval_batch_planned(self._next_id)
-        else:
-            self.progress.batch_planned(self._next_id, self.step)
         self._active.append(
             ScheduledMicroBatch(
                 self._next_id,
@@ -257,7 +255,7 @@ class FinetuneRun:
         self._step_input_tokens = tokens
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
         epoch = self.prepared.order.epoch(self.step + 1)
-        self.progress.step_planned(self.step, epoch, rate, targets, tokens)
+        self.progress.step_planned(self.step, epoch, rate, tokens)
         self._queue = self._micro_batches(sequences)
 
     def _micro_batches(

@@ -24,8 +24,8 @@ from vllm_flexft.graph.memory import (
     working_bytes,
 )
 from vllm_flexft.plan import (
+    EvaluationLoss,
     MicroBatch,
-    MicroBatchLoss,
     OpenJob,
     OptimizerStep,
     SaveRequest,
@@ -152,17 +152,18 @@ class Trainer:
         if self.error is not None:
             return StepResult(plan.job_id, error=self.error)
         try:
-            losses = self._backward(plan)
-            norm = None
+            evaluated = self._backward(plan)
+            loss = norm = None
             if plan.optimizer_step is not None:
-                norm = self._update(plan.optimizer_step)
+                loss, norm = self._update(plan.optimizer_step)
             if plan.save is not None:
                 self._save(plan.save)
             return StepResult(
                 plan.job_id,
                 opened=plan.open_job is not None,
-                losses=losses,
+                evaluated=evaluated,
                 updated_step=plan.optimizer_step.step if plan.optimizer_step else None,
+                loss=loss,
                 grad_norm=norm,
                 written=self._written(plan.wait_for_writer),
             )
@@ -184,8 +185,9 @@ class Trainer:
         """What is being written is finished by the writer's thread; requests do not wait for it."""
         self._writer.close(timeout=0.0)
 
-    def _backward(self, plan: StepPlan) -> tuple[MicroBatchLoss, ...]:
-        losses = []
+    def _backward(self, plan: StepPlan) -> tuple[EvaluationLoss, ...]:
+        """Run the plan's slices; adds up the step's loss, returns those of evaluations."""
+        evaluated = []
         for work in plan.backward:
             micro_batch = self._micro_batches[work.micro_batch]
             if work.block_ids is not None:
@@ -196,19 +198,22 @@ class Trainer:
                 loss = float(micro_batch.loss_sum)
                 if not abs(loss) < float("inf"):
                     raise FloatingPointError(f"loss is {loss}")
-                losses.append(MicroBatchLoss(work.micro_batch, loss, int(micro_batch.num_correct)))
                 if micro_batch.batch.train:
                     self._step_loss += loss * micro_batch.batch.loss_scale
-        return tuple(losses)
+                else:
+                    correct = int(micro_batch.num_correct)
+                    evaluated.append(EvaluationLoss(work.micro_batch, loss, correct))
+        return tuple(evaluated)
 
-    def _update(self, step: OptimizerStep) -> float:
-        norm = self.optimizer.update(step.learning_rate)
+    def _update(self, step: OptimizerStep) -> tuple[float, float]:
+        """The step's loss and gradient norm."""
+        norm, loss = self.optimizer.update(step.learning_rate), self._step_loss
         now = time.monotonic()
         self._log_history.append(
             {
                 "step": step.step + 1,
                 "epoch": step.epoch,
-                "loss": self._step_loss,
+                "loss": loss,
                 "learning_rate": step.learning_rate,
                 "grad_norm": norm,
                 "num_tokens": step.num_tokens,
@@ -218,7 +223,7 @@ class Trainer:
             }
         )
         self._step_loss, self._step_started = 0.0, now
-        return norm
+        return loss, norm
 
     def _save(self, request: SaveRequest) -> None:
         """Hand the state to the writer, which copies it; its thread writes while training goes on.
