@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 
@@ -15,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder with gsm8k_train.jsonl, alpaca_en_demo.json and the Azure traces "
         "(default: $VLLM_FLEXFT_DATA); tests that need it are skipped without",
     )
+
+
+@atexit.register  # first, so that it runs last: what a test run has to say is said by then
+def _drop_what_libraries_print_at_exit() -> None:
+    """libtriton lists hundreds of "leaked" nanobind objects on stderr when the interpreter ends,
+    which would push pytest's summary off the screen."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ class CoServingEngine:
         self.store.submit(full, model=str(self.model))
         return name
 
-    def run(self, job: Mapping[str, Any], timeout: float = 120.0) -> Path:
+    def run(self, job: Mapping[str, Any], timeout: float = 240.0) -> Path:
         """Train a job to its end; returns its output folder. Fails if the job does."""
         from vllm_flexft.inprocess import wait_for_jobs
 

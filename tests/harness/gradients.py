@@ -184,7 +184,7 @@ class GradientBench:
         """Like `CoServingEngine.run`, with a say before each step and requests among them."""
         engine = self.engine
         name = engine.submit(job)
-        deadline = time.monotonic() + 120.0
+        deadline = time.monotonic() + 240.0
         step = 0
         while True:
             if engine.scheduler.has_requests():

@@ -124,7 +124,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(family, timeout=60)
 
     def _family(self) -> list[psutil.Process]:
         try:
@@ -155,7 +155,7 @@ class TrainingProcess:
         self.process.kill()
         self.process.join()
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 280.0) -> int:
         """Exit code; 0 when all jobs have ended."""
         self.process.join(timeout)
         code = self.process.exitcode
@@ -186,5 +186,5 @@ def _train(model: str, state_dir: str, jobs: list[Mapping[str, Any]], log: str) 
             "co_finetune_config": {"state_dir": state_dir},
         },
     )
-    wait_for_jobs(llm, timeout=100)
+    wait_for_jobs(llm, timeout=240)
     os._exit(0)

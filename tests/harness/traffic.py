@@ -83,7 +83,7 @@ class Pump:
         self,
         done: Callable[[], bool],
         on_step: Callable[[int], None] = lambda step: None,
-        timeout: float = 60.0,
+        timeout: float = 240.0,
     ) -> None:
         deadline = time.monotonic() + timeout
         while not done():
@@ -95,7 +95,9 @@ class Pump:
                 time.sleep(0.002)
 
 
-def answers(engine: CoServingEngine, asks: Sequence[Ask], timeout: float = 60.0) -> list[list[int]]:
+def answers(
+    engine: CoServingEngine, asks: Sequence[Ask], timeout: float = 240.0
+) -> list[list[int]]:
     """Greedy tokens of concurrent requests; whatever else the engine does goes on meanwhile."""
     pump = Pump(engine)
     for ask in asks:
@@ -121,7 +123,7 @@ def train(
     engine: CoServingEngine,
     job: Mapping[str, Any],
     on_step: Callable[[int, Pump], None] = lambda step, pump: None,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
 ) -> tuple[Any, Pump]:
     """Run a job to its end, good or bad, with `on_step` free to ask; its record and the pump."""
     name, pump = engine.submit(job), Pump(engine)

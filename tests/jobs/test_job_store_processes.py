@@ -127,7 +127,7 @@ def test_the_store_is_sound_after_kill_9_in_the_middle_of_writes(path, make_job)
     job = store.submit(make_job(), model="base")
     for _ in range(3):
         writer = spawn(COUNT_UNTIL_KILLED, path, job.id)
-        deadline = time.time() + 30
+        deadline = time.time() + 120
         before = store.get(job.id).metrics
         while store.get(job.id).metrics == before and time.time() < deadline:
             time.sleep(0.01)

@@ -50,7 +50,7 @@ def kill_at(moment: Moment, run: TrainingProcess, output_dir: Path) -> str:
     """Kill the run at this moment; what it left."""
     log = output_dir / "metrics.jsonl"
     seen, length = set(output_dir.glob(".tmp-*")), _size(log)
-    count, deadline = 0, time.monotonic() + 90
+    count, deadline = 0, time.monotonic() + 240
     while count < moment.nth:
         assert time.monotonic() < deadline, run.log.read_text()[-3000:]
         if moment.pattern == log.name:  # there since an earlier run: it must have changed

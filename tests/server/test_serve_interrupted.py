@@ -21,7 +21,7 @@ from vllm_flexft.jobs.store import JobStore
 
 KILLS = int(os.environ.get("VLLM_FLEXFT_SERVER_KILLS", "2"))
 STEPS, SAVE_STEPS = 40 + 25 * KILLS, 3  # some are left whatever the kills let pass
-STOP_S = 10.0  # vLLM ends its processes at once; on a busy machine that takes a few seconds
+STOP_S = 30.0  # vLLM ends its processes at once; on a busy machine that takes a few seconds
 
 pytestmark = pytest.mark.timeout(300 + 60 * KILLS)
 
