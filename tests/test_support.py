@@ -4,7 +4,7 @@ import re
 from argparse import Namespace
 
 import pytest
-from transformers import LlamaConfig, Qwen2MoeConfig
+from transformers import BertConfig, LlamaConfig, Qwen2MoeConfig, WhisperConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -52,6 +52,8 @@ REFUSED_ARGUMENTS = [
     ("--data-parallel-size", {"data_parallel_external_lb": True}),
     ("--prefill-context-parallel-size", {"prefill_context_parallel_size": 2}),
     ("--decode-context-parallel-size", {"decode_context_parallel_size": 2}),
+    ("--enable-elastic-ep", {"enable_elastic_ep": True}),
+    ("--enable-eplb", {"enable_eplb": True}),
     ("--nnodes", {"nnodes": 2}),
     ("--distributed-executor-backend", {"distributed_executor_backend": "ray"}),
     ("--speculative-config", {"speculative_config": {"method": "ngram"}}),
@@ -151,6 +153,36 @@ def test_mixture_of_experts_is_refused_with_the_supported_architectures(tmp_path
 def test_other_dense_architecture_is_refused(tmp_path):
     model = save_config(tmp_path, architecture="AquilaForCausalLM")
     assert "architecture AquilaForCausalLM" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("named", "quantization"),
+    [
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}),
+        (
+            "auto_gptq",
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+        ),
+        ("fp8", {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    ],
+)
+def test_quantised_checkpoint_is_refused(tmp_path, named, quantization):
+    model = save_config(tmp_path, quantization_config=quantization)
+    assert f"quantization {named} of the model: serve an unquantised" in refusal(model)
+
+
+def test_encoder_decoder_and_multimodal_models_are_refused(tmp_path):
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    assert "architecture WhisperForConditionalGeneration" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "classification"])
+def test_pooling_models_are_refused(tmp_path, kind):
+    if kind == "embedding":
+        BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    else:
+        save_config(tmp_path, architecture="LlamaForSequenceClassification")
+    assert "runner pooling: co-serving needs a generating model" in refusal(str(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

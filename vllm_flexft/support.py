@@ -60,6 +60,16 @@ _ENGINE_ARGS = (
     Unsupported(
         "--decode-context-parallel-size", lambda a: a.decode_context_parallel_size > 1, _ONE_GPU
     ),
+    Unsupported(
+        "--enable-elastic-ep",
+        lambda a: a.enable_elastic_ep,
+        "ranks that come and go would lose the job in training; leave it out",
+    ),
+    Unsupported(
+        "--enable-eplb",
+        lambda a: a.enable_eplb,
+        "it moves expert weights that the backward reads; leave it out",
+    ),
     Unsupported("--nnodes", lambda a: a.nnodes > 1, "for now co-serving runs on one machine"),
     Unsupported(
         "--distributed-executor-backend",

@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ _ids = itertools.count()
 
 @dataclass(frozen=True)
 class Ask:
-    """A greedy request: a prompt of token ids, for the base model or an adapter."""
+    """A request, greedy unless `sampling` says otherwise, for the base model or an adapter."""
 
-    prompt: tuple[int, ...]
+    prompt: Any  # token ids; or embeddings, shape (tokens, D)
     max_tokens: int = 16
     lora: Any = None  # a vllm LoRARequest
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # further SamplingParams
+    priority: int = 0
 
 
 def lora_request(name: str, number: int, folder: Path) -> Any:
@@ -48,6 +50,7 @@ class Pump:
     def __init__(self, engine: CoServingEngine) -> None:
         self.engine = engine
         self.answers: dict[str, list[int]] = {}  # request id -> tokens
+        self.outputs: dict[str, Any] = {}  # request id -> vllm RequestOutput, when it is finished
         self.steps = 0
         self._order: list[str] = []
 
@@ -56,11 +59,14 @@ class Pump:
 
         request_id = f"ask-{next(_ids)}"
         self._order.append(request_id)
+        ids = isinstance(ask.prompt, tuple)
+        options = {"temperature": 0.0, "max_tokens": ask.max_tokens, "ignore_eos": True}
         self.engine.llm.llm_engine.add_request(
             request_id,
-            {"prompt_token_ids": list(ask.prompt)},
-            SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True),
+            {"prompt_token_ids": list(ask.prompt)} if ids else {"prompt_embeds": ask.prompt},
+            SamplingParams(**{**options, **ask.sampling}),
             lora_request=ask.lora,
+            priority=ask.priority,
         )
         return request_id
 
@@ -68,6 +74,7 @@ class Pump:
         for output in self.engine.llm.llm_engine.step():
             if output.finished:
                 self.answers[output.request_id] = list(output.outputs[0].token_ids)
+                self.outputs[output.request_id] = output
         self.steps += 1
 
     @property

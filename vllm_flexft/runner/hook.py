@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    ModelRunnerOutput,
+)
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, OpenJob, StepPlan, StepResult
 from vllm_flexft.runner.capture import Capture, CapturedRows
@@ -117,7 +121,9 @@ class CoServeRunnerMixin(_RunnerBase):
             self._trainer.begin(plan.begin)
         return None
 
-    def _finish(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
+    def _finish(
+        self, output: ModelRunnerOutput | AsyncModelRunnerOutput
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """After the forward and sampling: train, and answer on the runner's output."""
         plan, result = self._plan, self._result
         assert plan is not None
@@ -130,6 +136,8 @@ class CoServeRunnerMixin(_RunnerBase):
         if plan.close_job:
             self._close()
         if result is not None:
+            if isinstance(output, AsyncModelRunnerOutput):
+                return _PendingOutput(output, result)
             if output is EMPTY_MODEL_RUNNER_OUTPUT:  # a shared constant
                 output = copy.copy(output)
             setattr(output, RESULT_ATTRIBUTE, result)
@@ -193,6 +201,19 @@ class CoServeRunnerMixin(_RunnerBase):
                 release()
             except Exception:
                 logger.exception("closing a finetune job")
+
+
+class _PendingOutput(AsyncModelRunnerOutput):
+    """With async scheduling, vLLM makes the output once the sampled tokens are on the host: what
+    is hung on the pending one would be lost."""
+
+    def __init__(self, pending: AsyncModelRunnerOutput, result: StepResult) -> None:
+        self._pending, self._result = pending, result
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._pending.get_output()
+        setattr(output, RESULT_ATTRIBUTE, self._result)
+        return output
 
 
 def add_finetuning(runner: Any, config: CoServeConfig) -> None:
