@@ -243,12 +243,3 @@ def test_server_option_is_refused_with_the_flag_it_came_from() -> None:
     lines = str(caught.value).split("\n")
     assert lines[0].startswith("co-finetune-config.max_jobs_at_once: got 0, expected")
     assert lines[1].startswith("co-finetune-config.tpot: unknown key")
-
-
-def test_several_jobs_at_once_are_refused_by_name() -> None:
-    with pytest.raises(JobError) as caught:
-        ServerOptions.from_mapping({"max_jobs_at_once": 2})
-    assert str(caught.value) == (
-        "co-finetune-config.max_jobs_at_once: got 2, expected 1: jobs run one after another for "
-        "now, in the order given"
-    )

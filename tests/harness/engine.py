@@ -28,10 +28,9 @@ class CoServingEngine:
         from vllm import LLM
 
         from vllm_flexft.jobs.store import JobStore
-        from vllm_flexft.sched import feed, retirement
+        from vllm_flexft.sched import retirement
 
         retirement.GRACE_S = 0.0  # there is no API server that has to see a withdrawal
-        feed.POLL_S = 0.005  # jobs of a test take less than the poll interval of a server
         self.model, self.state_dir = model, state_dir
         self.llm = LLM(
             str(model),
@@ -65,6 +64,7 @@ class CoServingEngine:
         options = ServerOptions.from_mapping({"state_dir": str(self.state_dir)})
         full = FinetuneJob.from_mapping({**job, "name": name}).with_output_dir(options)
         self.store.submit(full, model=str(self.model))
+        self.scheduler._feed.look()  # jobs of a test take less than the feed's poll interval
         return name
 
     def run(self, job: Mapping[str, Any], timeout: float = 240.0) -> Path:

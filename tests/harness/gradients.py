@@ -188,7 +188,7 @@ class GradientBench:
         step = 0
         while True:
             if engine.scheduler.has_requests():
-                if engine.scheduler._run is not None:
+                if engine.scheduler._runs:
                     on_step(engine, step)
                     step += 1
                 engine.llm.llm_engine.step()
@@ -295,7 +295,7 @@ def _disturb(case: Case, measured: Measured) -> OnStep:
     """Takes blocks away and sends inference requests at the steps of the case."""
 
     def on_step(engine: CoServingEngine, step: int) -> None:
-        run = engine.scheduler._run
+        run = next(iter(engine.scheduler._runs), None)
         if step in case.drop_blocks_at:
             in_backward = any(batch.slices_done for batch in run._active)
             while run.release_blocks(engine.scheduler._lender):

@@ -158,7 +158,7 @@ class PlanLog:
 
         def logged(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            if (plan := getattr(output, "flexft_plan", None)) is not None:
+            for plan in getattr(output, "flexft_plan", ()):
                 log.micro_batches.extend(batch for batch in plan.begin if batch.train)
                 log.chunks += len(plan.chunks)
                 finetune = sum(chunk.num_tokens for chunk in plan.chunks)

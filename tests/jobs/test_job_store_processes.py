@@ -53,6 +53,19 @@ for step in range(10**9):
     store.progress(sys.argv[2], step, 10**9, {"step_again": step})
 """
 
+# A process without other threads: what they hold at a fork, no child can free.
+SUBMIT_THEN_FORK_AND_SUBMIT = """
+import json, os, sys
+from vllm_flexft.config import FinetuneJob
+from vllm_flexft.jobs import JobStore
+a, b = (FinetuneJob.from_mapping(json.loads(text)) for text in sys.argv[2:])
+store = JobStore(sys.argv[1])
+store.submit(a, model="base")
+if (pid := os.fork()) == 0:
+    os._exit(store.submit(b, model="base").status != "queued")
+sys.exit(os.waitpid(pid, 0)[1])
+"""
+
 
 def spawn(code: str, *args: object) -> subprocess.Popen:
     return subprocess.Popen(
@@ -141,10 +154,8 @@ def test_the_store_is_sound_after_kill_9_in_the_middle_of_writes(path, make_job)
 
 def test_a_forked_child_gets_its_own_connection(path, make_job) -> None:
     store = JobStore(path)
-    store.submit(make_job("a"), model="base")
-    pid = os.fork()
-    if pid == 0:
-        ok = store.submit(make_job("b"), model="base").status == JobStatus.QUEUED
-        os._exit(0 if ok else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+    jobs = [json.dumps(make_job(name).model_dump(mode="json")) for name in ("a", "b")]
+    parent = spawn(SUBMIT_THEN_FORK_AND_SUBMIT, path, *jobs)
+    parent.communicate(timeout=60)
+    assert parent.returncode == 0
     assert [j.name for j in store.list()] == ["a", "b"]

@@ -21,6 +21,8 @@ from vllm_flexft.config.training import TrainingConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REPORTERS = ("tensorboard", "wandb")
+# When a job runs, not what it trains: left out of its hash.
+QUEUE_KEYS = ("priority", "weight")
 
 
 class SLOConfig(Section):
@@ -55,6 +57,15 @@ class FinetuneJob(Section):
     peft: PeftConfig = Field(default_factory=PeftConfig, description="a mapping")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="a mapping")
     slo: SLOConfig | None = Field(None, description="null, or a mapping")
+    priority: int = Field(
+        0, description="an integer: of the jobs that wait, the one with the highest starts first"
+    )
+    weight: float = Field(
+        1.0,
+        ge=0.01,
+        le=100.0,
+        description="a number from 0.01 to 100: this job's share against other jobs in training",
+    )
     output_dir: FilePath | None = Field(None, description="null, or a folder")
     report_to: tuple[str, ...] = Field(
         (), description="a list out of tensorboard, wandb; or [] (metrics.jsonl alone)"
@@ -100,10 +111,10 @@ class FinetuneJob(Section):
         return yaml_io.dump(self.model_dump(mode="json"))
 
     def config_hash(self) -> str:
-        """SHA-256 (hex) of the job: equal for equal jobs, in every process and version."""
-        canonical = json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True
-        )
+        """SHA-256 (hex) of the job: equal for jobs that train the same, in every process and
+        version."""
+        training = self.model_dump(mode="json", exclude=set(QUEUE_KEYS))
+        canonical = json.dumps(training, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def resolve_output_dir(self, options: ServerOptions) -> Path:

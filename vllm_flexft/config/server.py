@@ -43,7 +43,7 @@ class ServerOptions(Section):
         "read), minimal (recompute all that can be), or offload (keep all, in host memory)",
     )
     max_jobs_at_once: int = Field(
-        1, ge=1, le=1, description="1: jobs run one after another for now, in the order given"
+        1, ge=1, description="an integer >= 1, jobs that train at the same time"
     )
     max_rows_in_flight: int = Field(
         8, ge=1, description="an integer >= 1, training sequences in the engine at a time"

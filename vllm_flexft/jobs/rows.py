@@ -38,6 +38,10 @@ def to_version(row: sqlite3.Row) -> Version:
     return Version(**dict(row) | {"final": bool(row["final"]), "retired": bool(row["retired"])})
 
 
+def to_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, allow_nan=False)
+
+
 def add_event(conn: sqlite3.Connection, job_id: str, level: str, message: str) -> None:
     conn.execute(
         "INSERT INTO events (job_id, created_at, level, message) VALUES (?, ?, ?, ?)",
@@ -66,7 +70,7 @@ def insert_job(
             job.name,
             model,
             JobStatus.QUEUED,
-            json.dumps(config, allow_nan=False),
+            to_json(config),
             job.config_hash(),
             folder,
             now,

@@ -26,6 +26,7 @@ from vllm_flexft.jobs.rows import (
     new_id,
     requeue,
     requeue_if_abandoned,
+    to_json,
     to_version,
 )
 from vllm_flexft.jobs.states import FINISHED, JobStatus
@@ -69,6 +70,7 @@ class JobStore:
                 return insert_job(conn, job, config, model)
             old = JobRecord.from_row(row)
             check_same_job(old, job, config, model)
+            conn.execute("UPDATE jobs SET config = ? WHERE id = ?", (to_json(config), old.id))
             if old.status == JobStatus.RUNNING:
                 requeue_if_abandoned(conn, old, now)
             elif old.status in (JobStatus.FAILED, JobStatus.CANCELLED):
@@ -143,7 +145,7 @@ class JobStore:
     # ---- the engine ----------------------------------------------------------------------
 
     def lease(self, owner: str, limit: int = 1, *, model: str | None = None) -> Sequence[JobRecord]:
-        """Take up to `limit` jobs, oldest first: queued ones, and running ones left behind.
+        """Take up to `limit` jobs, by priority and age: queued ones, and running ones left behind.
 
         A running job is left behind when its lease expired or its owner is provably dead.
         `model` restricts to jobs of that base model.
@@ -155,7 +157,8 @@ class JobStore:
                     requeue_if_abandoned(conn, JobRecord.from_row(row), now)
             rows = conn.execute(
                 "SELECT * FROM jobs WHERE status = 'queued' AND (?1 IS NULL OR model = ?1)"
-                " ORDER BY queued_at, seq LIMIT ?2",
+                " ORDER BY COALESCE(json_extract(config, '$.priority'), 0) DESC, queued_at, seq"
+                " LIMIT ?2",
                 (model, limit),
             ).fetchall()
             leased = []

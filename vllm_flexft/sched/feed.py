@@ -12,12 +12,12 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from vllm_flexft.jobs.owner import new_owner
-from vllm_flexft.jobs.records import JobRecord, LeaseLostError
+from vllm_flexft.jobs.records import JobRecord
 from vllm_flexft.jobs.states import JobStatus
 from vllm_flexft.jobs.store import JobStore
 from vllm_flexft.obs.metrics import METRICS_FILE, restore
@@ -25,9 +25,9 @@ from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints
 from vllm_flexft.publish.final import read_final
 from vllm_flexft.sched.admission import Admission, EngineLimits
 from vllm_flexft.sched.lease import LeaseKeeper
+from vllm_flexft.sched.leased_job import LeasedJob, end_job
 from vllm_flexft.sched.prepared import PreparedJob
-from vllm_flexft.sched.progress import EndRecord, Record, WrittenRecord
-from vllm_flexft.sched.reporter import Reporter
+from vllm_flexft.sched.progress import Record, WrittenRecord
 from vllm_flexft.sched.retirement import Retirement
 from vllm_flexft.wiring import CoServeConfig, job_store_path
 
@@ -51,14 +51,13 @@ class JobFeed(threading.Thread):
         self._config, self._model_config = config, model_config
         self._admission = Admission(model_config, limits, config.reserved_names)
         self._ready: queue.SimpleQueue[PreparedJob] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[tuple[PreparedJob, Record]] = queue.SimpleQueue()
+        # None only wakes the thread
+        self._outbox: queue.SimpleQueue[tuple[PreparedJob, Record] | None] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._stopping = threading.Event()
-        self._reporter: Reporter | None = None
-        self._current: str | None = None  # id of the job that is with the scheduler
-        self._lease_lost = False
+        self._jobs: dict[str, LeasedJob] = {}  # that are with the scheduler
         self.retirement = Retirement()
-        self._ending: tuple[PreparedJob, EndRecord] | None = None
+        self._next_cancel_poll = 0.0
         self._unsettled = False  # a job may be leased that never reached the scheduler
         self.failure: str | None = None  # why this thread ended before it was told to
 
@@ -79,9 +78,14 @@ class JobFeed(threading.Thread):
     def is_cancelled(self, job_id: str) -> bool:
         return job_id in self._cancelled
 
+    def look(self) -> None:
+        """There is something new in the store: do not wait for the next poll."""
+        self._outbox.put(None)
+
     def stop(self) -> None:
         """Write what was reported and give an unfinished job back to the queue."""
         self._stopping.set()
+        self.look()
         if self.is_alive():
             self.join(timeout=10.0)
 
@@ -122,17 +126,10 @@ class JobFeed(threading.Thread):
     def _serve(self) -> None:
         self._lease = LeaseKeeper(self._store, self._owner)
         self._lease.start()
-        next_cancel_poll = 0.0
         while not self._stopping.is_set():
             try:
-                self._drain_outbox(timeout=POLL_S)
-                self._look_for_lost_lease()
-                self.retirement.delete_due()
-                self._finish_when_tidy()
-                if time.monotonic() >= next_cancel_poll:
-                    next_cancel_poll = time.monotonic() + CANCEL_POLL_S
-                    self._look_for_cancellation()
-                if self._current is None:
+                self._tend_jobs(POLL_S)
+                if len(self._jobs) < self._config.options.max_jobs_at_once:
                     self._lease_next()
                 self._admission.preparer.close_if_unused(KEEP_PREPARER_S)
             except Exception:  # a full disk, a locked file: it may pass
@@ -146,6 +143,16 @@ class JobFeed(threading.Thread):
             self._release()
         except Exception:
             logger.exception("the finetuning queue could not be left in order")
+
+    def _tend_jobs(self, timeout: float) -> None:
+        """What the jobs in training ask for, after at most `timeout` seconds without a record."""
+        self._drain_outbox(timeout)
+        self._look_for_lost_lease()
+        self.retirement.delete_due()
+        self._finish_when_tidy()
+        if time.monotonic() >= self._next_cancel_poll:
+            self._next_cancel_poll = time.monotonic() + CANCEL_POLL_S
+            self._look_for_cancellation()
 
     def _submit_configured_jobs(self) -> None:
         for entry in self._config.jobs:
@@ -162,12 +169,14 @@ class JobFeed(threading.Thread):
 
     def _lease_next(self) -> None:
         if self._unsettled:
-            self._release()
+            self._release(keep=self._jobs)
             self._unsettled = False
         for record in self._store.lease(self._owner, 1, model=self._model_config.model):
             self._lease.beat()
             try:
                 prepared = self._prepare(record)
+                if prepared is not None:
+                    self._jobs[record.id] = LeasedJob(prepared, self._store, self.retirement)
             except _NotWantedError:
                 if not self._stopping.is_set():  # else it goes back to the queue
                     self._end(record.id, JobStatus.CANCELLED)
@@ -181,7 +190,6 @@ class JobFeed(threading.Thread):
                 self._end(record.id, JobStatus.FAILED, f"{type(error).__name__}: {error}")
             else:
                 if prepared is not None:
-                    self._current, self._lease_lost = record.id, False
                     self._cancelled.discard(record.id)
                     self._ready.put(prepared)
                     self.wake()
@@ -214,10 +222,9 @@ class JobFeed(threading.Thread):
                 next_look = time.monotonic() + CANCEL_POLL_S
                 if self._store.cancel_requested(record.id):
                     raise _NotWantedError
+            self._tend_jobs(0.0)
 
-        prepared = self._admission.prepare(record.id, job, output_dir, check)
-        self._reporter = Reporter(prepared)
-        return prepared
+        return self._admission.prepare(record.id, job, output_dir, check)
 
     def _announce_found(self, record: JobRecord, output_dir: Path) -> None:
         """Tell of checkpoints in the folder what a crash may have kept from being told."""
@@ -240,14 +247,16 @@ class JobFeed(threading.Thread):
     def _drain_outbox(self, timeout: float) -> None:
         while True:
             try:
-                prepared, record = (
-                    self._outbox.get(timeout=timeout) if timeout else (self._outbox.get_nowait())
-                )
+                told = self._outbox.get(timeout=timeout) if timeout else self._outbox.get_nowait()
             except queue.Empty:
                 return
             timeout = 0.0
+            if told is None:
+                continue
+            prepared, record = told
             try:
-                self._record(prepared, record)
+                if (job := self._jobs.get(prepared.job_id)) is not None:
+                    job.record(record)
             except sqlite3.Error:
                 if isinstance(record, WrittenRecord):
                     self._outbox.put((prepared, record))  # once more: it would never be served
@@ -255,74 +264,32 @@ class JobFeed(threading.Thread):
             except Exception:
                 logger.exception("[%s] could not record %s", prepared.job.name, record)
 
-    def _record(self, prepared: PreparedJob, record: Record) -> None:
-        if self._lease_lost and not isinstance(record, EndRecord):
-            return  # another engine writes these files now
-        if isinstance(record, WrittenRecord):
-            self._announce(prepared, record)
-        elif isinstance(record, EndRecord):
-            self._ending = (prepared, record)
-        else:
-            assert self._reporter is not None
-            metrics = self._reporter.log(record)
-            if metrics is not None:
-                self._store.progress(
-                    prepared.job_id, metrics["step"], prepared.order.total_steps, metrics
-                )
-
-    def _announce(self, prepared: PreparedJob, record: WrittenRecord) -> None:
-        """Every version has its own name: `name` for the final adapter, else `name@step-N`."""
-        written, name = record.written, prepared.job.name
-        if written.warning is not None:
-            logger.warning("[%s] %s", name, written.warning)
-            self._store.add_event(prepared.job_id, "warning", written.warning)
-        if written.path is not None:
-            if self._reporter is not None:
-                self._reporter.sync()
-            served = name if written.final else f"{name}@step-{written.step}"
-            self._store.add_version(
-                prepared.job_id, served, written.path, written.step, written.final
-            )
-        limit = prepared.job.training.save_total_limit
-        self.retirement.retire(self._store, prepared.output_dir, limit)
-
     def _finish_when_tidy(self) -> None:
         """A job has ended when its folder is as it will stay: without surplus checkpoints."""
-        if self._ending is None or (self.retirement.in_grace and not self._stopping.is_set()):
-            return
-        self.retirement.delete_due()
-        prepared, record = self._ending
-        self._finish(prepared, record)
-        self._ending = None
-
-    def _finish(self, prepared: PreparedJob, record: EndRecord) -> None:
-        if self._reporter is not None:
-            self._reporter.finish(record)
-            self._reporter = None
-        status = JobStatus.FAILED if record.error else JobStatus.SUCCEEDED
-        if record.cancelled:
-            status = JobStatus.CANCELLED
-        if not self._lease_lost:  # else its state is another engine's to tell
-            self._end(prepared.job_id, status, record.error)
-        self._current = None
+        ended = [job for job in self._jobs.values() if job.ending is not None]
+        for job in ended:
+            if self._stopping.is_set() or not self.retirement.in_grace(job.prepared.output_dir):
+                self.retirement.delete_due()
+                job.finish(self._owner)
+                del self._jobs[job.prepared.job_id]
 
     def _end(self, job_id: str, status: JobStatus, error: str | None = None) -> None:
-        try:
-            self._store.finish(job_id, status, error, owner=self._owner)
-        except LeaseLostError as lost:
-            logger.error("%s", lost)
+        end_job(self._store, job_id, status, error, self._owner)
 
     def _look_for_lost_lease(self) -> None:
         """This process was asleep, or cut off from the store, for longer than a lease lasts."""
-        if self._current is not None and not (self._lease_lost or self._lease.holds(self._current)):
-            logger.error("Finetune job %s was taken over by another engine", self._current)
-            self._lease_lost = True
-            self._cancelled.add(self._current)
+        for job_id, job in self._jobs.items():
+            if not (job.lease_lost or self._lease.holds(job_id)):
+                logger.error("Finetune job %s was taken over by another engine", job_id)
+                job.lease_lost = True
+                self._cancelled.add(job_id)
 
     def _look_for_cancellation(self) -> None:
-        if self._current is not None and self._store.cancel_requested(self._current):
-            self._cancelled.add(self._current)
+        for job_id in self._jobs:
+            if self._store.cancel_requested(job_id):
+                self._cancelled.add(job_id)
 
-    def _release(self) -> None:
+    def _release(self, keep: Collection[str] = ()) -> None:
         for job_id in self._store.heartbeat(self._owner):
-            self._store.release(job_id, self._owner)
+            if job_id not in keep:
+                self._store.release(job_id, self._owner)

@@ -36,6 +36,7 @@ class ScheduledMicroBatch:
         lane: int,
         loss_scale: float,
         train: bool,
+        kv_prefix: str,  # of the names of its blocks, unlike any other job's
         grid_of: tuple[int, int, int],  # window, num_layers, lowest_layer
     ) -> None:
         self.step, self.lane = step, lane
@@ -61,7 +62,7 @@ class ScheduledMicroBatch:
             ScheduledSequence(
                 row=offset,
                 token_ids=s.token_ids.tolist(),
-                kv=SequenceKV(f"{KV_ID_PREFIX}{batch_id}-{i}", s.token_ids.tolist()),
+                kv=SequenceKV(f"{KV_ID_PREFIX}{kv_prefix}{batch_id}-{i}", s.token_ids.tolist()),
             )
             for i, (offset, s) in enumerate(zip(offsets, sequences, strict=False))
         ]

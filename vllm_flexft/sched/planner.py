@@ -46,6 +46,9 @@ class Planner:
             tpot_s=(tpot_ms or DEFAULT_TPOT_MS) / 1e3, ttft_s=(ttft_ms or DEFAULT_TTFT_MS) / 1e3
         )
 
+    def set_objectives(self, tpot_ms: float, ttft_ms: float) -> None:
+        self.tpot_s, self.ttft_s = tpot_ms / 1e3, ttft_ms / 1e3
+
     def budget(self, load: StepLoad) -> float:
         """Units of finetune work for this step; infinite never, zero when inference needs all."""
         if load.num_tokens == 0:

@@ -32,11 +32,10 @@ class Retirement:
     def pending(self) -> bool:
         return bool(self._due)
 
-    @property
-    def in_grace(self) -> bool:
-        """Something is withdrawn that API servers may not have seen yet."""
+    def in_grace(self, output_dir: Path) -> bool:
+        """Something of it is withdrawn that API servers may not have seen yet."""
         now = time.monotonic()
-        return any(due > now for due in self._due.values())
+        return any(due > now for path, due in self._due.items() if path.parent == output_dir)
 
     def retire(self, store: JobStore, output_dir: Path, save_total_limit: int | None) -> None:
         """Withdraw what exceeds the limit; it is deleted later."""

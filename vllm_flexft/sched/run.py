@@ -9,7 +9,7 @@ waits for the worker: progress is what was planned.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vllm_flexft.config import ActivationPolicy, FinetuneJob
@@ -55,6 +55,8 @@ class Room:
     tokens: int  # of vLLM's token budget
     rows: int  # of vLLM's request slots
     idle: bool  # no inference in this step: one piece of work may exceed `units`
+    sole_job: bool = True  # no other job has work for this step
+    may_begin: bool = True  # a micro-batch: not while a job before this one waits for blocks
     spent: float = 0.0
 
     def take(self, cost: float) -> None:
@@ -72,6 +74,7 @@ class PlannedWork:
     backward: list[BackwardSlices] = field(default_factory=list)
     optimizer_step: OptimizerStep | None = None
     save: SaveRequest | None = None
+    refused_blocks: bool = False
 
 
 class FinetuneRun:
@@ -85,6 +88,7 @@ class FinetuneRun:
         self.progress = RunProgress(
             prepared.counters, prepared.job.training.early_stopping_patience
         )
+        self.short_of_blocks = False  # and had nothing else to do in its last turn
         self.waiting_for_writer = False  # all is planned; only the final adapter is awaited
         self._opened = self._open_sent = False
         self._next_id = 0
@@ -97,6 +101,10 @@ class FinetuneRun:
         self._evaluating = False
         self._after_update = False  # evaluation and checkpoint of `step` are still to be planned
         self._start_step()
+
+    @property
+    def job_id(self) -> str:
+        return self.prepared.job_id
 
     @property
     def job(self) -> FinetuneJob:
@@ -113,8 +121,13 @@ class FinetuneRun:
 
     # ---- planning
 
-    def plan(self, room: Room, lender: KVLender) -> tuple[StepPlan, PlannedWork] | None:
-        """Fill `room` with the next work; None when nothing fits or nothing is left."""
+    def plan(
+        self, room: Room, lender: KVLender, reclaim: Callable[[], bool] = lambda: False
+    ) -> tuple[StepPlan, PlannedWork] | None:
+        """Fill `room` with the next work; None when nothing fits or nothing is left.
+
+        `reclaim` has another job give blocks back; False when there are none to give.
+        """
         for batch in self._retired:
             batch.release(lender)
         self._retired.clear()
@@ -123,19 +136,20 @@ class FinetuneRun:
             return self._open(work)
         # The worker updates and saves once a step, last: what comes after them is for later plans.
         while work.optimizer_step is None and work.save is None:
-            if room.units <= 0 or not self._advance(work, room, lender):
+            if room.units <= 0 or not self._advance(work, room, lender, reclaim):
                 break
         idle = not (work.chunks or work.backward or work.optimizer_step or work.save)
+        self.short_of_blocks = idle and work.refused_blocks
         if idle and not self.waiting_for_writer:
             return None
         plan = StepPlan(
-            job_id=self.prepared.job_id,
+            job_id=self.job_id,
             begin=tuple(work.begin),
             chunks=tuple(work.chunks),
             backward=tuple(work.backward),
             optimizer_step=work.optimizer_step,
             save=work.save,
-            wait_for_writer=self.waiting_for_writer and room.idle,
+            wait_for_writer=self.waiting_for_writer and room.idle and room.sole_job,
         )
         return plan, work
 
@@ -143,16 +157,22 @@ class FinetuneRun:
         """Inference needs memory: the youngest micro-batch with blocks gives them up."""
         return any(batch.release(lender) for batch in reversed(self._retired + self._active))
 
-    def _advance(self, work: PlannedWork, room: Room, lender: KVLender) -> bool:
+    def release_all(self, lender: KVLender) -> None:
+        while self.release_blocks(lender):
+            pass
+
+    def _advance(
+        self, work: PlannedWork, room: Room, lender: KVLender, reclaim: Callable[[], bool]
+    ) -> bool:
         """Plan one piece: slices of the oldest micro-batch that can run, else chunks, else begin
         the next micro-batch, else close the optimizer step. False when nothing more fits."""
         for batch in self._active:
             if batch.forwarded:
                 return self._plan_slices(batch, work, room, lender)
             # In order: a later micro-batch must not starve this one of memory.
-            return self._plan_chunks(batch, work, room, lender)
+            return self._plan_chunks(batch, work, room, lender, reclaim)
         if self._queue:
-            return self._begin_next(work)
+            return room.may_begin and self._begin_next(work)
         return self._close_phase(work)
 
     def _plan_slices(
@@ -180,7 +200,12 @@ class FinetuneRun:
         return batch.finished
 
     def _plan_chunks(
-        self, batch: ScheduledMicroBatch, work: PlannedWork, room: Room, lender: KVLender
+        self,
+        batch: ScheduledMicroBatch,
+        work: PlannedWork,
+        room: Room,
+        lender: KVLender,
+        reclaim: Callable[[], bool],
     ) -> bool:
         planned = False
         for sequence in batch.unforwarded():
@@ -192,7 +217,11 @@ class FinetuneRun:
             if rows <= 0 or tokens < smallest:
                 break
             start = sequence.kv.num_tokens
-            if not lender.extend(sequence.kv, tokens):
+            while not (extended := lender.extend(sequence.kv, tokens)):
+                if not reclaim():
+                    break
+            if not extended:
+                work.refused_blocks = True
                 break
             if not batch.begun:
                 batch.begun = True
@@ -234,6 +263,7 @@ class FinetuneRun:
                 lane=lane,
                 loss_scale=self._loss_scale,
                 train=not self._evaluating,
+                kv_prefix=f"{self.lora_id}-",
                 grid_of=(self.limits.window, self.costs.num_layers, self.limits.lowest_layer),
             )
         )
@@ -348,7 +378,7 @@ class FinetuneRun:
             activation_policy=limits.activation_policy,
             resume_from=str(prepared.resume_from) if prepared.resume_from else None,
         )
-        return StepPlan(job_id=prepared.job_id, open_job=setup), work
+        return StepPlan(job_id=self.job_id, open_job=setup), work
 
 
 def _all(data: TrainingData) -> Iterable[TrainingSequence]:

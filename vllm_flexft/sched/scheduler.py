@@ -21,14 +21,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
+from vllm_flexft.config import SLOConfig
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.feed import JobFeed
-from vllm_flexft.sched.planner import Planner, StepLoad
+from vllm_flexft.sched.planner import DEFAULT_TPOT_MS, DEFAULT_TTFT_MS, Planner, StepLoad
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
 from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
+from vllm_flexft.sched.run_set import RunSet
 from vllm_flexft.sched.sequence_kv import KVLender
 from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model
 
@@ -69,11 +71,11 @@ class CoServeMixin(_SchedulerBase):
         num_groups = len(self.kv_cache_config.kv_cache_groups)
         self._lendable_blocks = (num_blocks - 1 - reserved_blocks) // num_groups
         self._give_way_to_inference()
-        self._run: FinetuneRun | None = None
-        self._closing: StepPlan | None = None
+        self._runs = RunSet()
+        self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
-        self._planner = self._make_planner(None)
+        self._planner = Planner.for_objectives(*self._objectives())
         self._started_at: dict[int, tuple[float, StepLoad, float]] = {}
         self._engine_running: Callable[[], bool] = lambda: True
         limits = EngineLimits(
@@ -120,21 +122,18 @@ class CoServeMixin(_SchedulerBase):
         if (begun := self._started_at.pop(id(scheduler_output), None)) is not None:
             started, load, units = begun
             self._planner.observe(load, units, time.monotonic() - started)
-        result = getattr(model_runner_output, RESULT_ATTRIBUTE, None)
-        run = self._run
-        if result is not None and run is not None and result.job_id == run.prepared.job_id:
-            try:
-                self._take_result(run, result)
-            except Exception as error:
-                self._fail(error)
+        for result in getattr(model_runner_output, RESULT_ATTRIBUTE, ()):
+            if (run := self._runs.get(result.job_id)) is not None:
+                try:
+                    self._take_result(run, result)
+                except Exception as error:
+                    self._fail(run, error)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def has_requests(self) -> bool:
         if super().has_requests():
             return True
-        return self._may_finetune() and (
-            self._run is not None or self._closing is not None or self._feed.has_ready()
-        )
+        return self._may_finetune() and bool(self._runs or self._closing or self._feed.has_ready())
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         self._release_all()
@@ -162,38 +161,48 @@ class CoServeMixin(_SchedulerBase):
     def _append_finetuning(self, output: SchedulerOutput, load: StepLoad) -> float:
         """Add finetune work to a scheduled step; returns its units. Never raises: an error in
         planning fails the job, not the engine."""
-        if self._closing is not None:
-            setattr(output, PLAN_ATTRIBUTE, self._closing)
-            self._closing = None
-            return 0.0
-        try:
-            return self._plan_step(output, load)
-        except Exception as error:
-            self._fail(error)
-            return 0.0
-
-    def _plan_step(self, output: SchedulerOutput, load: StepLoad) -> float:
-        if self._run is None and (prepared := self._feed.take()) is not None:
+        while (prepared := self._feed.take()) is not None:
             self._start(prepared)
-        run = self._run
-        if run is None:
-            return 0.0
-        if self._feed.is_cancelled(run.prepared.job_id):
-            self._end(EndRecord(cancelled=True))
-            return 0.0
+        plans, self._closing = self._closing, []
+        closing = {plan.job_id for plan in plans}
         room = Room(
             units=self._planner.budget(load),
             tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
             rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
             idle=load.num_tokens == 0 and load.num_waiting == 0,
+            sole_job=len(self._runs) == 1,
         )
-        planned = run.plan(room, self._lender)
-        if planned is None:
-            return 0.0
-        plan, work = planned
-        self._append_chunks(output, run, work)
-        setattr(output, PLAN_ATTRIBUTE, plan)
+        work: dict[str, float] = {}
+        for run in self._runs.in_turn():
+            if run.job_id in closing:
+                continue  # submitted again; its next run opens when the worker closed this one
+            spent = room.spent
+            try:
+                plan = self._plan_run(run, room, output)
+            except Exception as error:
+                self._fail(run, error)
+                continue
+            if plan is not None:
+                plans.append(plan)
+            if run.short_of_blocks:
+                room.may_begin = False
+            elif spent == 0.0 or room.spent > spent:  # else others had left it nothing
+                work[run.job_id] = room.spent - spent
+        self._runs.charge(work)
+        if plans:
+            setattr(output, PLAN_ATTRIBUTE, tuple(plans))
         return room.spent
+
+    def _plan_run(self, run: FinetuneRun, room: Room, output: SchedulerOutput) -> StepPlan | None:
+        if self._feed.is_cancelled(run.job_id):
+            self._end(run, EndRecord(cancelled=True))
+            return None
+        taken = run.plan(room, self._lender, lambda: self._runs.yield_blocks_to(run, self._lender))
+        if taken is None:
+            return None
+        plan, work = taken
+        self._append_chunks(output, run, work)
+        return plan
 
     def _append_chunks(self, output: SchedulerOutput, run: FinetuneRun, work: PlannedWork) -> None:
         """Each chunk is a request of its own that lives for one step: a part of a longer prompt
@@ -225,60 +234,65 @@ class CoServeMixin(_SchedulerBase):
 
     def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
-        self._planner = self._make_planner(prepared.job.slo)
+        num_jobs = self._co_serve.options.max_jobs_at_once
         limits = Limits(
             window=WINDOW,
             lane_tokens=max(MIN_LANE_TOKENS, prepared.longest),
             num_lanes=NUM_LANES,
             max_rows=self._co_serve.options.max_rows_in_flight,
             lowest_layer=prepared.lowest_layer,
-            kv_blocks=int(self._lendable_blocks * MICRO_BATCH_KV_SHARE),
+            kv_blocks=int(self._lendable_blocks * min(MICRO_BATCH_KV_SHARE, 0.5 / num_jobs)),
             block_size=self.block_size,
             activation_policy=self._co_serve.options.activation_policy,
         )
         # a new number for each opening: vLLM must never take one adapter for another
         lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened
         try:
-            self._run = FinetuneRun(
-                prepared, limits, self._costs, base_model(self.vllm_config), lora_id
+            self._runs.add(
+                FinetuneRun(prepared, limits, self._costs, base_model(self.vllm_config), lora_id)
             )
+            self._planner.set_objectives(*self._objectives())
         except Exception as error:
             logger.exception("finetune job %s cannot start", prepared.job.name)
             self._feed.report(prepared, EndRecord(error=f"{type(error).__name__}: {error}"))
 
     def _take_result(self, run: FinetuneRun, result: StepResult) -> None:
         if result.error is not None:
-            self._end(EndRecord(error=result.error))
+            self._end(run, EndRecord(error=result.error))
             return
         records = run.on_result(result)
         for record in records:
             self._feed.report(run.prepared, record)
         if any(isinstance(r, WrittenRecord) and r.written.final for r in records):
-            self._end(EndRecord())
+            self._end(run, EndRecord())
 
-    def _fail(self, error: Exception) -> None:
-        if self._run is not None:
-            logger.error("scheduling of job %s failed", self._run.job.name, exc_info=error)
-            self._end(EndRecord(error=f"{type(error).__name__}: {error}"))
+    def _fail(self, run: FinetuneRun, error: Exception) -> None:
+        logger.error("scheduling of job %s failed", run.job.name, exc_info=error)
+        self._end(run, EndRecord(error=f"{type(error).__name__}: {error}"))
 
-    def _end(self, record: EndRecord) -> None:
+    def _end(self, run: FinetuneRun, record: EndRecord) -> None:
         """The job is over: blocks back, the worker closes it with the next plan."""
-        run = self._run
-        assert run is not None
-        self._release_all()
-        self._run = None
-        self._closing = StepPlan(job_id=run.prepared.job_id, close_job=True)
+        run.release_all(self._lender)
+        self._runs.remove(run)
+        self._closing.append(StepPlan(job_id=run.job_id, close_job=True))
         self._feed.report(run.prepared, record)
+        self._planner.set_objectives(*self._objectives())
 
-    def _make_planner(self, slo: Any) -> Planner:
+    def _objectives(self) -> tuple[float, float]:
+        """TPOT and TTFT in ms: the strictest of the jobs in training; a job's own goes before the
+        server's."""
         options = self._co_serve.options
-        return Planner.for_objectives(
-            (slo and slo.tpot_ms) or options.tpot_ms, (slo and slo.ttft_ms) or options.ttft_ms
+        tpot_ms = options.tpot_ms or DEFAULT_TPOT_MS
+        ttft_ms = options.ttft_ms or DEFAULT_TTFT_MS
+        slos = [run.job.slo or SLOConfig() for run in self._runs] or [SLOConfig()]
+        return (
+            min(slo.tpot_ms or tpot_ms for slo in slos),
+            min(slo.ttft_ms or ttft_ms for slo in slos),
         )
 
     def _release_all(self) -> None:
-        while self._run is not None and self._run.release_blocks(self._lender):
-            pass
+        for run in self._runs:
+            run.release_all(self._lender)
 
     def _give_way_to_inference(self) -> None:
         """When vLLM finds no blocks for a request, finetuning gives up its own first."""
@@ -287,9 +301,7 @@ class CoServeMixin(_SchedulerBase):
         def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
             blocks = allocate(request, *args, **kwargs)
             if request.request_id in self.requests:
-                while blocks is None and self._run is not None:
-                    if not self._run.release_blocks(self._lender):
-                        break
+                while blocks is None and self._runs.release_blocks(self._lender):
                     blocks = allocate(request, *args, **kwargs)
             return blocks
 
