@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from harness.model_config import save_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -23,19 +23,7 @@ plugin.register()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=128,
-        max_position_embeddings=128,
-        dtype="float32",
-    ).save_pretrained(folder)
-    return str(folder)
+    return save_config(tmp_path_factory.mktemp("model"), dtype="float32")
 
 
 @pytest.fixture

@@ -4,28 +4,14 @@ import re
 from argparse import Namespace
 
 import pytest
-from transformers import BertConfig, LlamaConfig, Qwen2MoeConfig, WhisperConfig
+from harness.model_config import save_config
+from transformers import BertConfig, Qwen2MoeConfig, WhisperConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_flexft import plugin, support
 
 plugin.register()
-
-
-def save_config(folder, cls=LlamaConfig, architecture="LlamaForCausalLM", **changes):
-    cls(
-        architectures=[architecture],
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=128,
-        max_position_embeddings=128,
-        **changes,
-    ).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

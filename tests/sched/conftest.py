@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from make_model import make_tokenizer
 
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.data.dataset import DataReport, TrainingData
 from vllm_flexft.data.order import BatchOrder
+from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.prepared import PreparedJob
 
 BLOCK = 16
@@ -85,3 +88,18 @@ def make_manager() -> Callable[[int], Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def engine_limits() -> EngineLimits:
+    return EngineLimits(max_model_len=512, kv_tokens=384, max_lora_rank=16, num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What admission reads of vLLM's, with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(512, add_bos=True).save_pretrained(folder)
+    return SimpleNamespace(
+        model="model", tokenizer=str(folder), tokenizer_revision=None, trust_remote_code=False
+    )

@@ -2,30 +2,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from make_model import make_tokenizer
 
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.sched.admission import Admission, EngineLimits
 
-LIMITS = EngineLimits(max_model_len=512, kv_tokens=384, max_lora_rank=16, num_layers=4)
-
-
-@pytest.fixture(scope="module")
-def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(512, add_bos=True).save_pretrained(folder)
-    return SimpleNamespace(
-        model="model", tokenizer=str(folder), tokenizer_revision=None, trust_remote_code=False
-    )
-
 
 @pytest.fixture
-def admission(model_config: Any) -> Admission:
-    return Admission(model_config, LIMITS, frozenset({"served"}))
+def admission(model_config: Any, engine_limits: EngineLimits) -> Admission:
+    return Admission(model_config, engine_limits, frozenset({"served"}))
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> str:

@@ -7,11 +7,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from make_model import make_tokenizer
 
 from vllm_flexft.config import FinetuneJob, ServerOptions
 from vllm_flexft.jobs.store import JobStore
@@ -23,17 +21,6 @@ from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, StepRecord, WrittenRecord
 from vllm_flexft.wiring import CoServeConfig, job_store_path
 
-LIMITS = EngineLimits(max_model_len=512, kv_tokens=4096, max_lora_rank=16, num_layers=4)
-
-
-@pytest.fixture(scope="module")
-def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(512, add_bos=True).save_pretrained(folder)
-    return SimpleNamespace(
-        model="model", tokenizer=str(folder), tokenizer_revision=None, trust_remote_code=False
-    )
-
 
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
@@ -42,13 +29,17 @@ def store(tmp_path: Path) -> JobStore:
 
 @pytest.fixture
 def feed(
-    tmp_path: Path, model_config: Any, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_config: Any,
+    engine_limits: EngineLimits,
+    store: JobStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[JobFeed]:
     monkeypatch.setattr(feed_module, "POLL_S", 0.01)
     monkeypatch.setattr(feed_module, "RETRY_S", 0.05)
     options = ServerOptions(state_dir=tmp_path / "state")
     config = CoServeConfig((), options, 1, 1, frozenset())
-    thread = JobFeed(config, model_config, LIMITS)
+    thread = JobFeed(config, model_config, engine_limits)
     thread.start()
     yield thread
     thread.stop()
@@ -260,11 +251,13 @@ def test_a_job_whose_data_is_tokenised_goes_back_to_the_queue_when_the_engine_st
 
 
 @pytest.fixture
-def unstarted(tmp_path: Path, model_config: Any, monkeypatch: pytest.MonkeyPatch) -> JobFeed:
+def unstarted(
+    tmp_path: Path, model_config: Any, engine_limits: EngineLimits, monkeypatch: pytest.MonkeyPatch
+) -> JobFeed:
     """A feed whose store does not exist yet."""
     monkeypatch.setattr(feed_module, "RETRY_S", 0.05)
     options = ServerOptions(state_dir=tmp_path / "state")
-    return JobFeed(CoServeConfig((), options, 1, 1, frozenset()), model_config, LIMITS)
+    return JobFeed(CoServeConfig((), options, 1, 1, frozenset()), model_config, engine_limits)
 
 
 def test_a_damaged_store_is_told_of(unstarted: JobFeed, tmp_path: Path, caplog: Any) -> None:
