@@ -56,7 +56,7 @@ def test_broken_parquet_file_is_refused(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_is_refused_with_the_remedy(tmp_path: Path) -> None:
     if importlib.util.find_spec("pyarrow"):
         pytest.skip("pyarrow is installed")
-    assert "pip install 'vllm-flexft[parquet]'" in refusal(write(tmp_path / "a.parquet", ""))
+    assert "pip install pyarrow" in refusal(write(tmp_path / "a.parquet", ""))
 
 
 def test_rows_of_a_datasets_folder(tmp_path: Path) -> None:
@@ -68,13 +68,13 @@ def test_rows_of_a_datasets_folder(tmp_path: Path) -> None:
 def test_dataset_id_without_datasets_is_refused_with_the_remedy() -> None:
     if importlib.util.find_spec("datasets"):
         pytest.skip("datasets is installed")
-    assert "pip install 'vllm-flexft[datasets]'" in refusal(Path("org/name"))
+    assert "pip install datasets" in refusal(Path("org/name"))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.jsonl", '{"a": 1}\n\n{"a": \n', "a.jsonl, line 3: not JSON"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', "a.jsonl, line 3, column 6: not JSON: Expecting value"),
         ("b.jsonl", '{"a": 1}\n[1]\n', "b.jsonl, line 2: expected an object, got list"),
         ("c.jsonl", b'{"a": "\xff"}\n', "c.jsonl: not UTF-8"),
         ("d.jsonl", "[" * 100_000, "d.jsonl, line 1: not JSON"),

@@ -140,6 +140,12 @@ def test_text_parts_are_joined_and_tool_arguments_parsed() -> None:
         ({"foo": 1}, {"columns": {"text": "bar"}}, "no column 'bar', named in columns.text"),
         ({"text": None}, {}, "column 'text': expected a string, got None"),
         ({"prompt": "p", "completion": 5}, {}, "column 'completion': expected a string, got 5"),
+        (
+            {"q": "p", "a": None},
+            {"columns": {"prompt": "q", "completion": "a"}},
+            "column 'a' (completion): expected a string, got None",
+        ),
+        ({"question": None, "answer": "a"}, {}, "column 'question' (prompt): expected a string"),
         ({"messages": []}, {}, "messages: expected a non-empty list"),
         ({"messages": "{"}, {}, "messages: not JSON"),
         ({"messages": [USER, "x"]}, {}, "messages[1]: expected an object"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,34 @@ def test_a_refused_job_leaves_no_folder(admission: Admission, tmp_path: Path) ->
     with pytest.raises(ValueError):
         admission.prepare("id", job(tmp_path, peft={"r": 99}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_dir_below_a_file_is_refused(admission: Admission, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=f"output_dir: {tmp_path}/file is no folder"):
+            admission.prepare("id", job(tmp_path), output_dir)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_dir_without_permission_is_refused(admission: Admission, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match="locked cannot be written"):
+        admission.prepare("id", job(tmp_path), tmp_path / "locked" / "out")
+
+
+def test_files_of_something_else_are_named_and_stay(
+    admission: Admission, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("notes.txt", "metrics.jsonl", ".hidden"):
+        (out / name).write_text("")
+    (out / "checkpoint-best").mkdir()
+    admission.prepare("id", job(tmp_path), out)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert told == [
+        f"[job] output_dir {out} holds files of something else, which stay: "
+        "checkpoint-best, notes.txt"
+    ]
+    assert (out / "notes.txt").exists()

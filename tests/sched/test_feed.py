@@ -285,3 +285,17 @@ def test_a_store_that_cannot_be_opened_yet_is_tried_again(
     assert take(unstarted).job.name == "a"
     unstarted.stop()
     assert caplog.text.count("cannot be opened: database is locked") == 2
+
+
+def test_a_damaged_adapter_in_the_way_refuses_the_job_in_one_line(
+    feed: JobFeed, store: JobStore, tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    (tmp_path / "a" / "final.json").write_text("{")
+    job_id = submit(store, tmp_path, "a")
+    wait(lambda: store.get(job_id).status == "failed")
+    assert "final.json is damaged" in store.get(job_id).error
+    told = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage().split(":")[0] for record in told] == ["Finetune job a is refused"]
+    assert told[0].exc_info is None

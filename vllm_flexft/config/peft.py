@@ -56,9 +56,11 @@ class PeftConfig(Section):
         """Order and repetition of the list mean nothing, so they must not change the hash."""
         if value == "all-linear" or not isinstance(value, list | tuple | set | frozenset):
             return value
-        unknown = [name for name in value if name not in LINEAR_MODULES]
+        unknown = [repr(name) for name in value if name not in LINEAR_MODULES]
         if unknown or not value:
-            what = f"{unknown[0]!r} is no target" if unknown else "the list is empty"
+            what = "the list is empty"
+            if unknown:
+                what = ", ".join(unknown) + (" are no targets" if unknown[1:] else " is no target")
             raise ValueError(f"{what}; expected all-linear, or some of {', '.join(LINEAR_MODULES)}")
         return tuple(name for name in LINEAR_MODULES if name in value)
 

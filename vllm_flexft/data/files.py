@@ -67,7 +67,10 @@ def _json_lines(file: Path) -> Iterator[SourceRow]:
             where = f"{file}, line {number}"
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as exc:
+            except json.JSONDecodeError as exc:
+                column = min(exc.pos, len(line.rstrip())) + 1  # not in the next line
+                raise DataError(f"{where}, column {column}: not JSON: {exc.msg}") from None
+            except RecursionError as exc:
                 raise DataError(f"{where}: not JSON: {exc}") from None
             yield SourceRow(index, where, _object(value, where))
             index += 1
@@ -121,9 +124,7 @@ def _parquet(file: Path) -> Iterator[SourceRow]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise DataError(
-            f"{file}: reading .parquet needs pyarrow: pip install 'vllm-flexft[parquet]'"
-        ) from None
+        raise DataError(f"{file}: reading .parquet needs pyarrow: pip install pyarrow") from None
     try:
         batches = pq.ParquetFile(file).iter_batches()
         yield from _numbered(
@@ -139,7 +140,7 @@ def _hugging_face(path: str) -> Iterator[SourceRow]:
     except ImportError:
         raise DataError(
             f"{path}: no {', '.join(SUFFIXES)} file; a Hugging Face datasets id needs "
-            "pip install 'vllm-flexft[datasets]'"
+            "pip install datasets"
         ) from None
     try:
         rows = datasets.load_dataset(path, split="train")

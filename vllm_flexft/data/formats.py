@@ -82,6 +82,14 @@ _ALPACA_WITHOUT_INPUT = (
 )
 
 
+class _NoStringError(Exception):
+    """The value of a column, by our name of it."""
+
+    def __init__(self, column: str, value: Any) -> None:
+        super().__init__(column, value)
+        self.column, self.value = column, value
+
+
 def normaliser(
     config: DatasetConfig, first: SourceRow, *, has_chat_template: bool
 ) -> Callable[[SourceRow], Example]:
@@ -106,6 +114,10 @@ def normaliser(
         "text": _text,
     }[chosen]
 
+    names = dict(config.columns)  # ours -> the file's
+    if required == ("question", "answer"):
+        names |= {"prompt": "question", "completion": "answer"}
+
     def normalise(row: SourceRow) -> Example:
         values = _renamed(row, config.columns)
         missing = [name for name in required if name not in values]
@@ -113,7 +125,14 @@ def normaliser(
             raise DataError(f"{row.where}: no column {missing[0]!r}; found {_names(values)}")
         if required == ("question", "answer"):
             values = {**values, "prompt": values["question"], "completion": values["answer"]}
-        example = read(values, row.where)
+        try:
+            example = read(values, row.where)
+        except _NoStringError as error:
+            theirs = names.get(error.column, error.column)
+            ours = f" ({error.column})" if theirs != error.column else ""
+            raise DataError(
+                f"{row.where}: column {theirs!r}{ours}: expected a string, got {error.value!r:.80}"
+            ) from None
         if isinstance(example, ChatExample) and not has_chat_template:
             raise DataError(
                 f"{row.where}: a conversation, but the model's tokenizer has no chat template; "
@@ -177,14 +196,12 @@ def _names(columns: Any) -> str:
 
 
 def _text(values: dict[str, Any], where: str) -> Example:
-    return TextExample(_string(values, "text", where))
+    return TextExample(_string(values, "text"))
 
 
 def _prompt_completion(values: dict[str, Any], where: str) -> Example:
     if not isinstance(values["prompt"], list) and not isinstance(values["completion"], list):
-        return PromptCompletionExample(
-            _string(values, "prompt", where), _string(values, "completion", where)
-        )
+        return PromptCompletionExample(_string(values, "prompt"), _string(values, "completion"))
     context, _ = conversation(values["prompt"], "prompt", where)
     answer, supervised = conversation(values["completion"], "completion", where)
     # TRL masks the prompt's assistant turns: only the completion is a target.
@@ -200,7 +217,7 @@ def _messages(values: dict[str, Any], where: str) -> Example:
 
 def _sharegpt(values: dict[str, Any], where: str) -> Example:
     messages, supervised = conversation(values["conversations"], "conversations", where)
-    return _with_system(ChatExample(messages, supervised, tools_of(values, where)), values, where)
+    return _with_system(ChatExample(messages, supervised, tools_of(values, where)), values)
 
 
 def _alpaca_chat(values: dict[str, Any], where: str) -> Example:
@@ -212,27 +229,27 @@ def _alpaca_chat(values: dict[str, Any], where: str) -> Example:
         if not isinstance(turn, list | tuple) or [type(text) for text in turn] != [str, str]:
             raise DataError(f"{where}: history: expected pairs of strings, got {turn!r:.80}")
         messages += [_message("user", turn[0]), _message("assistant", turn[1])]
-    instruction = _string(values, "instruction", where)
-    extra = _optional_string(values, "input", where)
+    instruction = _string(values, "instruction")
+    extra = _optional_string(values, "input")
     messages += [
         _message("user", f"{instruction}\n{extra}" if extra else instruction),
-        _message("assistant", _string(values, "output", where)),
+        _message("assistant", _string(values, "output")),
     ]
     supervised = tuple(message["role"] == "assistant" for message in messages)
-    return _with_system(ChatExample(messages, supervised), values, where)
+    return _with_system(ChatExample(messages, supervised), values)
 
 
 def _alpaca_prompt(values: dict[str, Any], where: str) -> Example:
-    instruction = _string(values, "instruction", where)
-    extra = _optional_string(values, "input", where)
+    instruction = _string(values, "instruction")
+    extra = _optional_string(values, "input")
     template = _ALPACA_WITH_INPUT if extra else _ALPACA_WITHOUT_INPUT
     return PromptCompletionExample(
-        template.format(instruction=instruction, input=extra), _string(values, "output", where)
+        template.format(instruction=instruction, input=extra), _string(values, "output")
     )
 
 
-def _with_system(chat: ChatExample, values: dict[str, Any], where: str) -> ChatExample:
-    system = _optional_string(values, "system", where)
+def _with_system(chat: ChatExample, values: dict[str, Any]) -> ChatExample:
+    system = _optional_string(values, "system")
     if not system:
         return chat
     return ChatExample(
@@ -244,12 +261,12 @@ def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _string(values: dict[str, Any], column: str, where: str) -> str:
+def _string(values: dict[str, Any], column: str) -> str:
     value = values[column]
     if not isinstance(value, str):
-        raise DataError(f"{where}: column {column!r}: expected a string, got {value!r:.80}")
+        raise _NoStringError(column, value)
     return value
 
 
-def _optional_string(values: dict[str, Any], column: str, where: str) -> str:
-    return "" if values.get(column) is None else _string(values, column, where)
+def _optional_string(values: dict[str, Any], column: str) -> str:
+    return "" if values.get(column) is None else _string(values, column)

@@ -5,10 +5,13 @@ vLLM open the config first and find no adapter without it, so its rename is the 
 the adapter is published; whatever a crash leaves before it is replaced by the next attempt.
 """
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_flexft.config import FinetuneJob, PeftConfig
+from vllm_flexft.obs.metrics import METRICS_FILE
 from vllm_flexft.publish import fsops
 from vllm_flexft.publish.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_chunks
 from vllm_flexft.publish.checkpoint import TrainState
@@ -17,6 +20,12 @@ from vllm_flexft.publish.workfiles import sweep, work_path
 
 FINAL_FILE = "final.json"
 JOB_FILE = "job.yaml"
+
+# What a job writes; hidden names are this package's work files, or nobody's business.
+_OF_A_JOB = re.compile(
+    r"\..*|checkpoint-\d+|runs|"
+    + "|".join(map(re.escape, (CONFIG_FILE, WEIGHTS_FILE, FINAL_FILE, JOB_FILE, METRICS_FILE)))
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,26 @@ def read_final(output_dir: Path) -> FinalAdapter | None:
     manifest = read_manifest(output_dir / FINAL_FILE)
     verify_files(output_dir, manifest)
     return FinalAdapter(output_dir, manifest.step, manifest.config_hash)
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raises ValueError where a job could not write there; makes nothing."""
+    there = output_dir
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"output_dir: {there} is no folder; choose another output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir: {there} cannot be written by this user; choose another output_dir"
+        )
+
+
+def foreign_files(output_dir: Path) -> list[str]:
+    """Names in the folder that are none of a job's."""
+    if not output_dir.is_dir():
+        return []
+    return sorted(path.name for path in output_dir.iterdir() if not _OF_A_JOB.fullmatch(path.name))
 
 
 def write_job_file(output_dir: Path, job: FinetuneJob) -> Path:

@@ -19,7 +19,7 @@ from vllm_flexft.data.preparer import DatasetPreparer, TokenizerSource
 from vllm_flexft.graph.families import target_layers
 from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
 from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
-from vllm_flexft.publish.final import write_job_file
+from vllm_flexft.publish.final import check_output_dir, foreign_files, write_job_file
 from vllm_flexft.sched.prepared import Counters, PreparedJob
 from vllm_flexft.wiring import supported_ranks
 
@@ -75,6 +75,7 @@ class Admission:
 
         self._check_name(job.name)
         lowest_layer = self._check_peft(job.peft)
+        check_output_dir(output_dir)
         train = load(job.dataset)
         validation = load(job.validation) if job.validation is not None else None
         training = job.training
@@ -98,6 +99,7 @@ class Admission:
             lowest_layer=lowest_layer,
         )
         _find_resume_point(prepared)  # refuses the folder of another job
+        _tell_of_foreign_files(job.name, output_dir)
         write_job_file(output_dir, job)
         return prepared
 
@@ -135,6 +137,16 @@ class Admission:
                 f"{self._limits.kv_tokens} or less, or give the server more KV-cache memory"
             )
         return longest
+
+
+def _tell_of_foreign_files(name: str, output_dir: Path) -> None:
+    foreign = foreign_files(output_dir)
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        logger.warning(
+            "[%s] output_dir %s holds files of something else, which stay: %s%s",
+            name, output_dir, ", ".join(foreign[:5]), more,
+        )  # fmt: skip
 
 
 def _find_resume_point(prepared: PreparedJob) -> None:

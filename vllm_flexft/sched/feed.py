@@ -23,6 +23,7 @@ from vllm_flexft.jobs.store import JobStore
 from vllm_flexft.obs.metrics import METRICS_FILE, restore
 from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints
 from vllm_flexft.publish.final import read_final
+from vllm_flexft.publish.manifest import CheckpointError
 from vllm_flexft.sched.admission import Admission, EngineLimits
 from vllm_flexft.sched.lease import LeaseKeeper
 from vllm_flexft.sched.leased_job import LeasedJob, end_job
@@ -182,7 +183,7 @@ class JobFeed(threading.Thread):
                     self._end(record.id, JobStatus.CANCELLED)
             except sqlite3.Error:
                 raise  # no fault of the job's
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, CheckpointError) as error:
                 logger.error("Finetune job %s is refused: %s", record.name, error)
                 self._end(record.id, JobStatus.FAILED, str(error))
             except Exception as error:
