@@ -126,6 +126,16 @@ class Server:
         self.process.wait()
         psutil.wait_procs(family, timeout=60)
 
+    def kill_api_server(self, timeout: float = 60.0) -> float:
+        """SIGKILL to the process that was started, and no other; seconds until all are gone."""
+        family = self._family()
+        started = time.monotonic()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=timeout)
+        assert not alive, f"left behind: {alive}"
+        return time.monotonic() - started
+
     def _family(self) -> list[psutil.Process]:
         try:
             return list(psutil.Process(self.process.pid).children(recursive=True))

@@ -85,6 +85,8 @@ def test_killed_and_stopped_server_ends_with_the_undisturbed_adapter(
         try:
             command.wait_for_training(server)
             time.sleep(dice.uniform(0, 2.0))
+            if number % 2 == 0:  # the engine has to notice by itself
+                server.kill_api_server()
         finally:
             server.kill()
         sound = check_checkpoints(command.output_dir)

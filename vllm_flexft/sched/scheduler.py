@@ -26,6 +26,7 @@ from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepRes
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.feed import JobFeed
+from vllm_flexft.sched.orphan import end_with_parent
 from vllm_flexft.sched.planner import DEFAULT_TPOT_MS, DEFAULT_TTFT_MS, Planner, StepLoad
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
@@ -89,6 +90,7 @@ class CoServeMixin(_SchedulerBase):
 
     def bind_engine(self, wake: Callable[[], None], is_running: Callable[[], bool]) -> None:
         """From the engine's process: how to wake its loop, and whether it is shutting down."""
+        end_with_parent()
         self._feed.wake = wake
         self._engine_running = is_running
 
