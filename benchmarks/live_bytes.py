@@ -14,11 +14,12 @@ class LiveBytes(TorchDispatchMode):
     """While entered, counts every new storage, and counts it off when it is freed.
 
     A storage is new when no argument of the operation has it: views and in-place results are not.
+    `total` is what lives, `peak` the most that lived since `peak` was last set.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -30,6 +31,7 @@ class LiveBytes(TorchDispatchMode):
             if id(storage) not in given and id(storage) not in self._known:
                 self._known.add(id(storage))
                 self.total += storage.nbytes()
+                self.peak = max(self.peak, self.total)
                 weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         return result
 

@@ -36,6 +36,7 @@ class OpenJob:
     lane_tokens: int  # capacity of an activation lane = most tokens of a micro-batch
     num_lanes: int
     activation_policy: ActivationPolicy
+    memory_bytes: float  # for kept activations, working buffers, gradients and optimizer
     resume_from: str | None  # a checkpoint folder
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+import psutil
 
 from vllm_flexft.config import FinetuneJob, JobError, ServerOptions
 
@@ -34,6 +37,8 @@ RESERVED_NAMES_KEY = "co_finetune_reserved_names"
 # Numbers must stay below 2^31, the runner keeps them as int32.
 SERVED_LORA_ID_BASE = 1 << 24
 TRAINING_LORA_ID_BASE = 1 << 30
+
+FREE_MEMORY_SHARE = 0.25  # of what the engine leaves free, for training without `memory_gib`
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,17 @@ class CoServeConfig:
 def base_model(vllm_config: VllmConfig) -> str:
     """The `model` under which this server's jobs stand in the job store."""
     return vllm_config.model_config.model
+
+
+def memory_budget(options: ServerOptions, device_type: str) -> float:
+    """Bytes for a job's activations, gradients and optimizer: its part of the option, else of a
+    part of the free host memory; infinite where only the worker sees what is free, on another
+    device."""
+    if options.memory_gib is not None:
+        return options.memory_gib * 2**30 / options.max_jobs_at_once
+    if device_type != "cpu":
+        return math.inf
+    return FREE_MEMORY_SHARE * psutil.virtual_memory().available / options.max_jobs_at_once
 
 
 def job_store_path(options: ServerOptions) -> Path:

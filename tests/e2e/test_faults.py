@@ -29,6 +29,7 @@ FATAL = {
         "vllm_flexft.train.adapter:TrainableAdapter.initialise",
         "vllm_flexft.train.optimizer:AdapterOptimizer.__init__",
         "vllm_flexft.train.activations:ActivationStore.__init__",
+        "vllm_flexft.train.working:WorkingBuffers.__init__",
         "vllm_flexft.train.layer:LayerBackward.of",
     ],
     "plan": [

@@ -267,14 +267,14 @@ def tokens_of(case: Case, tokenizer: Any) -> list[tuple[list, list]]:
 def _cut_up(case: Case) -> Iterator[None]:
     """Make the engine cut its work as the case says, where it would choose by load and size."""
     from vllm_flexft.sched import planner, run, scheduler
-    from vllm_flexft.train import trainer
+    from vllm_flexft.train.trainer import Trainer
 
     budgets = itertools.cycle(case.budgets)
-    plan = trainer.plan_memory
+    plan = Trainer._plan_memory
 
-    def plan_memory(*args: Any, **kwargs: Any) -> Any:
+    def plan_memory(*args: Any) -> Any:
         """The plan, without what the case wants recomputed; `residual_in` leads to all of it."""
-        made = plan(*args, **kwargs)
+        made = plan(*args)
         for layer, choice in made.kept.items():
             names = {name for name in choice.kept if name not in case.recomputed}
             if names != set(choice.kept):
@@ -287,7 +287,7 @@ def _cut_up(case: Case) -> Iterator[None]:
         patch.setattr(scheduler, "MIN_LANE_TOKENS", case.lane_tokens)
         patch.setattr(run, "MIN_CHUNK", case.min_chunk)
         patch.setattr(planner.Planner, "budget", lambda _self, _load: next(budgets))
-        patch.setattr(trainer, "plan_memory", plan_memory)
+        patch.setattr(Trainer, "_plan_memory", plan_memory)
         yield
 
 

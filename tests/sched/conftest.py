@@ -15,6 +15,7 @@ from make_model import make_tokenizer
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.data.dataset import DataReport, TrainingData
 from vllm_flexft.data.order import BatchOrder
+from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.prepared import PreparedJob
 
@@ -92,7 +93,16 @@ def make_manager() -> Callable[[int], Any]:
 
 @pytest.fixture
 def engine_limits() -> EngineLimits:
-    return EngineLimits(max_model_len=512, kv_tokens=384, max_lora_rank=16, num_layers=4)
+    return EngineLimits(
+        max_model_len=512,
+        kv_tokens=384,
+        max_lora_rank=16,
+        shape=ModelShape("LlamaForCausalLM", 4, 64, 4, 2, 16, 96, 512, False),
+        itemsize=4,
+        activation_policy="auto",
+        memory_bytes=lambda: 1e9,
+        jobs_at_once=1,
+    )
 
 
 @pytest.fixture(scope="module")

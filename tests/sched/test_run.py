@@ -106,6 +106,7 @@ def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:
         kv_blocks=kv_blocks,
         block_size=BLOCK,
         activation_policy="fast",
+        memory_bytes=1e9,
     )
     return FinetuneRun(prepared, limits, COSTS, "model", 7)
 

@@ -11,11 +11,15 @@ import torch
 from harness.gradients import Case, Row
 from harness.peft_reference import PeftTrainer, write_rows
 
+from vllm_flexft.config import FinetuneJob
 from vllm_flexft.graph.families import TARGETS
+from vllm_flexft.graph.job_memory import JobMemory, Lanes
 from vllm_flexft.graph.memory import MemoryPlan, plan_memory
 from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.model import ServedModel
+from vllm_flexft.train.working import WorkingBuffers
 
+JOB = FinetuneJob.from_mapping({"name": "job", "dataset": {"path": "rows.jsonl"}})
 EVERYTHING = {"residual_in", "qkv", "attention", "residual_mid", "gate_up"}
 
 
@@ -36,7 +40,7 @@ def plan(model: ServedModel, lowest_layer: int = 0, **options: Any) -> MemoryPla
 def test_bytes_a_token_are_those_of_the_tensors(family, dtype, lowest_layer, policy, bench):
     model = bench(family, dtype).served_model()
     made = plan(model, lowest_layer, policy=policy)
-    store = ActivationStore(made, 10, 2, model.dtype, model.device)
+    store = ActivationStore(made, Lanes(2, 10), model.dtype, model.device)
     assert store.num_bytes == 2 * 10 * made.bytes_per_token
 
 
@@ -72,25 +76,74 @@ def test_refusal_names_a_budget_that_would_do(bench):
     assert plan(model, tokens=333, memory_bytes=float(needed) * 2**30, other_bytes=5e6)
 
 
+@pytest.mark.parametrize("refused_by", ["admission", "worker"])
 def test_a_job_refused_for_memory_trains_with_the_memory_gib_that_the_refusal_names(
-    bench, tmp_path, monkeypatch
+    refused_by, bench, tmp_path, monkeypatch
 ):
+    """The floor is one lane of the longest sequence; a thousandth of a GiB less is refused."""
+    from vllm_flexft.train.trainer import Trainer
+
     bench = bench("llama")
-    runner, config = bench.runner, bench.runner._co_serve
+    scheduler = bench.engine.scheduler
     case = Case((Row(0, 200, 200),), targets=("q_proj",))
     dataset = write_rows(tmp_path / "rows.jsonl", [row.text() for row in case.rows])
     adapter = PeftTrainer(bench.model, case.peft()).save(tmp_path / "init")
+    begun: list[Any] = []
+    begin = Trainer.begin
+    monkeypatch.setattr(Trainer, "begin", lambda self, new: (begun.extend(new), begin(self, new)))
+    check = JobMemory.check
 
     def serve_with(memory_gib: float) -> None:
+        config = scheduler._co_serve
         options = config.options.model_copy(update={"memory_gib": memory_gib})
-        monkeypatch.setattr(runner, "_co_serve", dataclasses.replace(config, options=options))
+        monkeypatch.setattr(scheduler, "_co_serve", dataclasses.replace(config, options=options))
 
+    if refused_by == "worker":
+        monkeypatch.setattr(JobMemory, "check", lambda *_: None)
     serve_with(1e-6)
     with pytest.raises(AssertionError, match="memory_gib") as failure:
         bench.train(case, adapter, dataset)
     (needed,) = re.findall(r"memory_gib ([0-9.]+)", str(failure.value))
+    monkeypatch.setattr(JobMemory, "check", check)
+    serve_with(float(needed) - 0.001)
+    with pytest.raises(AssertionError, match=f"memory_gib {needed}"):
+        bench.train(case, adapter, dataset)
+    assert not begun
     serve_with(float(needed))
     assert torch.isfinite(torch.tensor(bench.train(case, adapter, dataset).loss))
+
+
+def test_lanes_shrink_before_anything_is_recomputed_and_never_below_one_sequence(bench):
+    shape = bench("llama").served_model().shape
+    memory = JobMemory.of(shape, JOB, itemsize=4, policy="auto")
+    wanted, longest = Lanes(2, 2048), 300
+    state = memory.state_bytes
+    for budget in (2**20 * x / 4 for x in range(4, 400)):
+        lanes = memory.lanes_within(wanted, longest, budget)
+        assert lanes in (wanted, Lanes(1, 2048), Lanes(1, longest))
+        try:
+            made = memory.plan(lanes, budget)
+        except ValueError:
+            assert lanes == Lanes(1, longest)
+            with pytest.raises(ValueError, match="memory_gib"):
+                memory.check(longest, budget)
+            continue
+        memory.check(longest, budget)
+        kept = made.bytes_per_token * lanes.total_tokens
+        assert state + memory.working_bytes(lanes) + kept <= budget
+        if lanes != Lanes(1, longest):
+            everything = memory.plan(lanes, float("inf"), "fast")
+            assert made.recompute_flops == everything.recompute_flops
+    assert memory.lanes_within(wanted, longest, float("inf")) == wanted
+    assert memory.lanes_within(wanted, 5000, float("inf")) == Lanes(2, 5000)
+
+
+def test_working_buffers_take_the_bytes_that_the_plan_says(bench):
+    model = bench("qwen3").served_model()
+    memory = JobMemory.of(model.shape, JOB, itemsize=4, policy="auto")
+    for lanes in (Lanes(1, 33), Lanes(2, 10)):
+        made = WorkingBuffers(model.shape, lanes, model.dtype, model.device)
+        assert made.num_bytes == memory.working_bytes(lanes)
 
 
 @pytest.mark.parametrize("policy", ["auto", "fast", "minimal", "offload"])

@@ -100,6 +100,22 @@ def layer_graph(family: Family, shape: ModelShape, context: int) -> LayerGraph:
         ),
         Op("add_mlp", ("residual_mid", "mlp_out"), "residual_out", hidden),
     )
+    sizes = {
+        "residual_in": hidden,
+        "h_attention": hidden,
+        "qkv": query + 2 * key,
+        "q": query,
+        "k": key,
+        "v": key,
+        "attention": query,
+        "attention_out": hidden,
+        "residual_mid": hidden,
+        "h_mlp": hidden,
+        "gate_up": 2 * mlp,
+        "act": mlp,
+        "mlp_out": hidden,
+        "residual_out": hidden,
+    }
     widths = {
         "residual_in": hidden,
         "qkv": query + key if family.qk_norm else query,
@@ -107,7 +123,7 @@ def layer_graph(family: Family, shape: ModelShape, context: int) -> LayerGraph:
         "residual_mid": hidden,
         "gate_up": 2 * mlp,
     }
-    return LayerGraph(ops, widths)
+    return LayerGraph(ops, sizes, widths)
 
 
 def family_of(architecture: str) -> Family:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_flexft.graph.families import family_of, layer_graph
-from vllm_flexft.graph.ops import LayerGraph, ModelShape
+from vllm_flexft.graph.ops import CACHED, LayerGraph, ModelShape
 from vllm_flexft.graph.policy import KeepChoice, Policy, choose, frontier
 from vllm_flexft.graph.prune import LayerNeeds, prune
 
@@ -106,6 +106,27 @@ def plan_memory(
     return MemoryPlan(graph, lowest, needs, kept, final, itemsize)
 
 
+def reduction(plan: MemoryPlan, num_layers: int) -> list[tuple[str, int]]:
+    """Bytes a token that each step of the analysis leaves, from everything that the forward makes
+    to the least that can be kept."""
+    graph, needs = plan.graph, plan.needs.values()
+    made = sum(graph.sizes[op.output] for op in graph.ops) + graph.sizes["k"]  # rope: q and k
+    read = sum(graph.sizes[name] for need in needs for name in need.tensors)
+    uncached = sum(graph.sizes[name] for need in needs for name in need.tensors - CACHED)
+    ends: dict[frozenset[str], tuple[KeepChoice, ...]] = {}
+    for need in needs:
+        if need.tensors not in ends:
+            ends[need.tensors] = frontier(graph, need)
+    steps = [
+        ("made by the forward", num_layers * made),
+        ("pruned: read by some backward", read),
+        ("keys, values left in the KV cache", uncached),
+        ("norms, activation formed again", sum(ends[need.tensors][-1].numbers for need in needs)),
+        ("least: all formed again", sum(ends[need.tensors][0].numbers for need in needs)),
+    ]
+    return [(name, (numbers + plan.final_numbers) * plan.itemsize) for name, numbers in steps]
+
+
 def adapter_parameters(
     shape: ModelShape, targets: Collection[str], layers: Collection[int], rank: int
 ) -> int:
@@ -119,8 +140,8 @@ def training_state_bytes(parameters: int, optim: str) -> int:
     return parameters * 4 * (4 if optim == "adamw_torch" else 2)
 
 
-def working_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
-    """Of one micro-batch in backward: the residual stream's gradient in fp32, and of one layer
-    the keys and values read back with their fp32 gradients."""
+def working_bytes(shape: ModelShape, lane_tokens: int, num_lanes: int, itemsize: int) -> int:
+    """Of the backward (train/working.py): a lane's residual-stream gradient in fp32, and of one
+    layer the keys and values read back with their fp32 gradients."""
     keys = 2 * shape.num_kv_heads * shape.head_dim
-    return tokens * (4 * shape.hidden_size + (itemsize + 4) * keys)
+    return lane_tokens * (num_lanes * 4 * shape.hidden_size + (itemsize + 4) * keys)

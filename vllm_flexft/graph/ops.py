@@ -38,10 +38,13 @@ class Op:
 class LayerGraph:
     """Ops in the order of the forward, from `residual_in` to `residual_out`.
 
-    `widths`: numbers a token of each tensor; a tensor with none is never a candidate for keeping.
+    Attributes:
+        sizes: numbers a token of every tensor of the layer.
+        widths: numbers a token to keep of those tensors that may be kept.
     """
 
     ops: tuple[Op, ...]
+    sizes: Mapping[str, int]
     widths: Mapping[str, int]
     producers: Mapping[str, Op] = field(init=False)
 

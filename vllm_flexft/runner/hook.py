@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
@@ -24,12 +24,9 @@ from vllm_flexft.runner.opened_job import OpenedJob
 from vllm_flexft.runner.view import served_model
 from vllm_flexft.train.model import ServedModel
 from vllm_flexft.train.trainer import Trainer
-from vllm_flexft.wiring import CoServeConfig
+from vllm_flexft.wiring import FREE_MEMORY_SHARE, CoServeConfig
 
 logger = logging.getLogger("vllm.flexft")
-
-FREE_MEMORY_SHARE = 0.25
-
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _RunnerBase
@@ -168,19 +165,15 @@ class CoServeRunnerMixin(_RunnerBase):
             }
             self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
         self._jobs[setup.job_id] = OpenedJob(
-            setup, self._view, self.lora_manager, self._memory_bytes(self._view.device)
+            setup, self._view, self.lora_manager, self._memory_bytes(setup, self._view.device)
         )
 
-    def _memory_bytes(self, device: torch.device) -> float:
-        """A job's part of the server option, else of a quarter of what the device has free."""
-        options = self._co_serve.options
-        if options.memory_gib is not None:
-            return options.memory_gib * 2**30 / options.max_jobs_at_once
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return FREE_MEMORY_SHARE * free / options.max_jobs_at_once
+    def _memory_bytes(self, setup: OpenJob, device: torch.device) -> float:
+        """The scheduler's number, but it cannot see what another device than the CPU has free."""
+        if math.isfinite(setup.memory_bytes) or device.type != "cuda":
+            return setup.memory_bytes
+        free = FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        return free / self._co_serve.options.max_jobs_at_once
 
 
 class _PendingOutput(AsyncModelRunnerOutput):

@@ -21,13 +21,15 @@ def open_slot(
     removes every adapter.
     """
     manager = lora_manager._adapter_manager
+    # vLLM keeps what it is given beside the slot: one number stands for all these zeros.
+    zero = torch.zeros((), dtype=dtype)
     loras = {
         target.peft_name: LoRALayerWeights(
             target.peft_name,
             rank,
             rank,  # alpha = rank: scaling 1, ours is merged into B when the slot is filled
-            torch.zeros(rank, target.in_features, dtype=dtype),
-            torch.zeros(target.out_features, rank, dtype=dtype),
+            zero.expand(rank, target.in_features),
+            zero.expand(target.out_features, rank),
         )
         for target in targets
     }

@@ -1,7 +1,7 @@
 """What can refuse a job before it starts: its data, the model, the server, its output folder.
 
-What only the worker can see (memory, the shapes of `peft.init_adapter`) is checked there, when the
-job is opened and before anything is trained.
+What only the worker can see (the shapes of `peft.init_adapter`) is checked there, when the job is
+opened and before anything is trained.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_flexft.config import DatasetConfig, FinetuneJob, PeftConfig
+from vllm_flexft.config import ActivationPolicy, DatasetConfig, FinetuneJob, PeftConfig
 from vllm_flexft.data.dataset import TrainingData
 from vllm_flexft.data.order import BatchOrder
 from vllm_flexft.data.preparer import DatasetPreparer, TokenizerSource
 from vllm_flexft.graph.families import target_layers
+from vllm_flexft.graph.job_memory import JobMemory
+from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
 from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
 from vllm_flexft.publish.final import check_output_dir, foreign_files, write_job_file
@@ -33,7 +35,14 @@ class EngineLimits:
     max_model_len: int
     kv_tokens: int  # that training can borrow of the KV cache when no request holds any
     max_lora_rank: int
-    num_layers: int
+    shape: ModelShape
+    itemsize: int  # bytes of a number of the model
+    activation_policy: ActivationPolicy
+    memory_bytes: Callable[[], float]  # for all that a job allocates
+    jobs_at_once: int  # that share `memory_gib`
+
+    def job_memory(self, job: FinetuneJob) -> JobMemory:
+        return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy)
 
 
 class Admission:
@@ -87,6 +96,8 @@ class Admission:
             training.num_train_epochs,
             training.max_steps,
         )
+        longest = self._longest(train, validation)
+        self._check_memory(job, longest)
         prepared = PreparedJob(
             job_id=job_id,
             job=job,
@@ -95,7 +106,7 @@ class Admission:
             train=train,
             order=order,
             validation=validation,
-            longest=self._longest(train, validation),
+            longest=longest,
             lowest_layer=lowest_layer,
         )
         _find_resume_point(prepared)  # refuses the folder of another job
@@ -111,7 +122,7 @@ class Admission:
 
     def _check_peft(self, peft: PeftConfig) -> int:
         """The lowest layer that gets an adapter."""
-        layers = target_layers(peft.layers_to_transform, self._limits.num_layers)
+        layers = target_layers(peft.layers_to_transform, self._limits.shape.num_layers)
         if peft.r > self._limits.max_lora_rank:
             enough = next(rank for rank in supported_ranks() if rank >= peft.r)
             raise ValueError(
@@ -126,6 +137,17 @@ class Admission:
                 raise ValueError(f"peft.init_adapter: {error}") from None
             check_init_adapter(config, peft, peft.target_module_names, layers)
         return min(layers)
+
+    def _check_memory(self, job: FinetuneJob, longest: int) -> None:
+        limits = self._limits
+        try:
+            limits.job_memory(job).check(longest, limits.memory_bytes())
+        except ValueError as error:
+            if limits.jobs_at_once == 1:
+                raise
+            raise ValueError(
+                f"{error}; times {limits.jobs_at_once}: so many jobs at once share memory_gib"
+            ) from None
 
     def _longest(self, *datasets: TrainingData | None) -> int:
         """Tokens of the longest sequence, which the KV cache must be able to hold."""

@@ -45,6 +45,7 @@ class Limits:
     kv_blocks: int  # of each KV-cache group, that a micro-batch of several sequences may hold
     block_size: int  # tokens
     activation_policy: ActivationPolicy
+    memory_bytes: float  # for all that training allocates
 
 
 @dataclass(slots=True)
@@ -376,6 +377,7 @@ class FinetuneRun:
             lane_tokens=limits.lane_tokens,
             num_lanes=limits.num_lanes,
             activation_policy=limits.activation_policy,
+            memory_bytes=limits.memory_bytes,
             resume_from=str(prepared.resume_from) if prepared.resume_from else None,
         )
         return StepPlan(job_id=self.job_id, open_job=setup), work

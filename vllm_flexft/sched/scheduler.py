@@ -22,6 +22,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
 from vllm_flexft.config import SLOConfig
+from vllm_flexft.graph.job_memory import Lanes
+from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
@@ -33,7 +35,7 @@ from vllm_flexft.sched.progress import EndRecord, WrittenRecord
 from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
 from vllm_flexft.sched.run_set import RunSet
 from vllm_flexft.sched.sequence_kv import KVLender
-from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model
+from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model, memory_budget
 
 logger = logging.getLogger("vllm.flexft")
 
@@ -83,8 +85,15 @@ class CoServeMixin(_SchedulerBase):
             max_model_len=self.max_model_len,
             kv_tokens=self._lendable_blocks * self.block_size,
             max_lora_rank=self.lora_config.max_lora_rank,
-            num_layers=self._costs.num_layers,
+            shape=ModelShape.from_hf_config(self.vllm_config.model_config.hf_text_config),
+            itemsize=self.vllm_config.model_config.dtype.itemsize,
+            activation_policy=config.options.activation_policy,
+            memory_bytes=lambda: memory_budget(
+                self._co_serve.options, self.vllm_config.device_config.device_type
+            ),
+            jobs_at_once=config.options.max_jobs_at_once,
         )
+        self._engine_limits = limits
         self._feed = JobFeed(config, self.vllm_config.model_config, limits)
         self._feed.start()
 
@@ -237,15 +246,20 @@ class CoServeMixin(_SchedulerBase):
     def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
         num_jobs = self._co_serve.options.max_jobs_at_once
+        memory_bytes = self._engine_limits.memory_bytes()
+        lanes = self._engine_limits.job_memory(prepared.job).lanes_within(
+            Lanes(NUM_LANES, MIN_LANE_TOKENS), prepared.longest, memory_bytes
+        )
         limits = Limits(
             window=WINDOW,
-            lane_tokens=max(MIN_LANE_TOKENS, prepared.longest),
-            num_lanes=NUM_LANES,
+            lane_tokens=lanes.tokens,
+            num_lanes=lanes.count,
             max_rows=self._co_serve.options.max_rows_in_flight,
             lowest_layer=prepared.lowest_layer,
             kv_blocks=int(self._lendable_blocks * min(MICRO_BATCH_KV_SHARE, 0.5 / num_jobs)),
             block_size=self.block_size,
             activation_policy=self._co_serve.options.activation_policy,
+            memory_bytes=memory_bytes,
         )
         # a new number for each opening: vLLM must never take one adapter for another
         lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened

@@ -1,7 +1,7 @@
 """What the forward pass leaves behind for the backward pass: the activation arena.
 
-A lane holds one micro-batch: for every kept (layer, tensor) a buffer of `lane_tokens` rows,
-allocated once when the job opens. Rows are filled by the capture hooks, chunk by chunk, in any
+One allocation when the job opens. A lane of it holds one micro-batch: for every kept
+(layer, tensor) a buffer of rows, one a token, filled by the capture hooks, chunk by chunk, in any
 order. Which tensors a layer keeps is the memory plan's choice (graph/memory.py); keys and values
 are never among them, they are read back from the paged cache.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_flexft.graph.job_memory import Lanes
 from vllm_flexft.graph.memory import MemoryPlan
 
 Key = tuple[int, str]  # layer (or the number of layers: the final norm), tensor
@@ -34,8 +35,7 @@ class ActivationStore:
     def __init__(
         self,
         plan: MemoryPlan,
-        lane_tokens: int,
-        num_lanes: int,
+        lanes: Lanes,
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -46,25 +46,23 @@ class ActivationStore:
         keys = [(layer, name) for layer, choice in plan.kept.items() for name in choice.kept]
         keys.append((max(plan.kept) + 1, "residual_in"))
         self._device = device
-        place = torch.device("cpu") if offload else device
+        self._arena = torch.empty(
+            lanes.total_tokens * sum(widths[name] for _, name in keys),
+            dtype=dtype,
+            device=torch.device("cpu") if offload else device,
+            pin_memory=offload and device.type == "cuda",
+        )
+        sizes = [lanes.tokens * widths[name] for _ in range(lanes.count) for _, name in keys]
+        pieces = iter(self._arena.split(sizes))
         self._lanes: list[dict[Key, Tensor]] = [
-            {
-                key: torch.empty(
-                    lane_tokens,
-                    widths[key[1]],
-                    dtype=dtype,
-                    device=place,
-                    pin_memory=offload and device.type == "cuda",
-                )
-                for key in keys
-            }
-            for _ in range(num_lanes)
+            {key: next(pieces).view(lanes.tokens, widths[key[1]]) for key in keys}
+            for _ in range(lanes.count)
         ]
 
     @property
     def num_bytes(self) -> int:
         """Of all lanes."""
-        return sum(t.numel() * t.element_size() for lane in self._lanes for t in lane.values())
+        return self._arena.nbytes
 
     def holds(self, layer: int, name: str) -> bool:
         return (layer, name) in self._lanes[0]

@@ -1,7 +1,8 @@
 """Deferred backward of one micro-batch, slice by slice along the fixed grid.
 
-State that lives between slices: the gradient of the residual stream for all tokens, and, for the
-layer in work, its keys and values (read once from the paged cache) with their fp32 gradients.
+State that lives between slices (working.py): the gradient of the residual stream for all tokens,
+and, for the layer in work, its keys and values (read once from the paged cache) with their fp32
+gradients.
 Legend: T micro-batch tokens, W window, N supervised rows, D hidden.
 """
 
@@ -20,6 +21,9 @@ from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.layer import LayerBackward
 from vllm_flexft.train.model import AttentionGeometry, ServedModel
 from vllm_flexft.train.window import LayerInputs
+from vllm_flexft.train.working import WorkingBuffers
+
+KV_READ_TOKENS = 1024  # of the cache at a time: what is unpacked on the way stays small
 
 
 class MicroBatchBackward:
@@ -30,9 +34,10 @@ class MicroBatchBackward:
         model: ServedModel,
         layers: dict[int, LayerBackward],
         store: ActivationStore,
+        working: WorkingBuffers,
     ) -> None:
         self.batch, self.grid, self.model = batch, grid, model
-        self._layers, self._store = layers, store
+        self._layers, self._store, self._working = layers, store, working
         device = model.device
         offsets = batch.offsets
         lengths = [b - a for a, b in itertools.pairwise(offsets)]
@@ -45,15 +50,10 @@ class MicroBatchBackward:
         targets = torch.from_numpy(batch.token_ids)[rows + 1].to(torch.int64)
         self._targets_N = targets.to(device)
         self._loss_rows_host = rows
-        self._block_ids: list[Tensor] = []  # per KV group: the blocks of all sequences in a row
-        self._blocks_per_sequence: list[list[int]] = []
-        self._slots: dict[int, Tensor] = {}  # KV group -> row of each token in those blocks
-        self._lengths = lengths
+        self._block_ids: list[tuple[Tensor, ...]] = []  # per KV group: blocks of each sequence
         self._next_slice = 0
-        self._d_residual_TD = (
-            torch.zeros(batch.num_tokens, model.hidden_size, dtype=torch.float32, device=device)
-            if batch.train
-            else torch.empty(0)
+        self._d_residual_TD = working.residual_grad(
+            batch.lane, batch.num_tokens if batch.train else 0
         )
         self._kv: tuple[Tensor, Tensor] | None = None
         self._kv_grads: tuple[Tensor, Tensor] | None = None
@@ -66,15 +66,11 @@ class MicroBatchBackward:
 
     def locate_kv(self, block_ids: tuple[tuple[list[int], ...], ...]) -> None:
         """Where the keys and values lie: sequences x KV groups x block ids."""
-        groups = zip(*block_ids, strict=True)
         self._block_ids = [
-            torch.tensor([b for blocks in group for b in blocks], device=self.model.device)
-            for group in groups
+            tuple(torch.tensor(blocks, device=self.model.device) for blocks in group)
+            for group in zip(*block_ids, strict=True)
         ]
-        self._blocks_per_sequence = [
-            [len(blocks) for blocks in group] for group in zip(*block_ids, strict=True)
-        ]
-        self._slots, self._kv = {}, None
+        self._kv = None
 
     def run(self, count: int) -> None:
         for index in range(self._next_slice, self._next_slice + count):
@@ -133,25 +129,21 @@ class MicroBatchBackward:
 
     def _load_kv(self, geometry: AttentionGeometry, fresh: bool) -> None:
         """Read the layer's K and V back; the gradients start at zero with the stage."""
-        k, v = geometry.read_kv(self._block_ids[geometry.kv_group])
-        slots = self._token_slots(geometry)
-        k, v = k.index_select(0, slots), v.index_select(0, slots)
+        k, v = self._working.kv(self.batch.num_tokens)
+        block_size = geometry.block_size
+        sequences = zip(
+            itertools.pairwise(self.batch.offsets), self._block_ids[geometry.kv_group], strict=True
+        )
+        for (start, stop), blocks in sequences:
+            for part in blocks.split(max(1, KV_READ_TOKENS // block_size)):
+                end = min(stop, start + len(part) * block_size)
+                if start < end:
+                    cached_k, cached_v = geometry.read_kv(part)
+                    k[start:end], v[start:end] = cached_k[: end - start], cached_v[: end - start]
+                start = end
         if fresh or self._kv_grads is None:
-            shape = (self.batch.num_tokens, geometry.num_kv_heads, geometry.head_dim)
-            dk = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
-            self._kv_grads = (dk, torch.zeros_like(dk))
+            self._kv_grads = self._working.kv_grads(self.batch.num_tokens)
         self._kv = (k, v)
-
-    def _token_slots(self, geometry: AttentionGeometry) -> Tensor:
-        """Row of every token in the concatenated blocks of its KV group, (T,)."""
-        if geometry.kv_group not in self._slots:
-            slots, base = [], 0
-            counts = self._blocks_per_sequence[geometry.kv_group]
-            for length, blocks in zip(self._lengths, counts, strict=True):
-                slots.append(torch.arange(base, base + length))
-                base += blocks * geometry.block_size
-            self._slots[geometry.kv_group] = torch.cat(slots).to(self.model.device)
-        return self._slots[geometry.kv_group]
 
     def _segments(self, part: Slice) -> list[tuple[int, int, int, int]]:
         """Sequences that meet the window: (first row, end row, first key, first query position)."""

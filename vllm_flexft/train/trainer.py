@@ -15,14 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.grid import BackwardGrid
-from vllm_flexft.graph.memory import (
-    MemoryPlan,
-    plan_memory,
-    training_state_bytes,
-    working_bytes,
-)
+from vllm_flexft.graph.job_memory import JobMemory, Lanes
+from vllm_flexft.graph.memory import MemoryPlan
 from vllm_flexft.plan import (
     EvaluationLoss,
     MicroBatch,
@@ -42,6 +37,7 @@ from vllm_flexft.train.backward import MicroBatchBackward
 from vllm_flexft.train.layer import LayerBackward
 from vllm_flexft.train.model import LoraSlot, ServedModel
 from vllm_flexft.train.optimizer import AdapterOptimizer
+from vllm_flexft.train.working import WorkingBuffers
 
 logger = logging.getLogger("vllm.flexft")
 
@@ -73,15 +69,16 @@ class Trainer:
         self.optimizer = AdapterOptimizer(self.adapter, setup.job.training)
         self._restore()
         self.adapter.push()
-        self.memory = self._plan_memory(memory_bytes)
+        lanes = Lanes(setup.num_lanes, setup.lane_tokens)
+        self.memory = self._plan_memory(lanes, memory_bytes)
         self.store = ActivationStore(
             self.memory,
-            setup.lane_tokens,
-            setup.num_lanes,
+            lanes,
             model.dtype,
             model.device,
             offload=setup.activation_policy == "offload",
         )
+        self.working = WorkingBuffers(model.shape, lanes, model.dtype, model.device)
         self._layers = {
             index: LayerBackward.of(model.layers[index], self.adapter, needs)
             for index, needs in self.memory.needs.items()
@@ -93,23 +90,11 @@ class Trainer:
         self._log_history: deque[dict[str, Any]] = deque(maxlen=LOG_HISTORY)
         self.error: str | None = None
 
-    def _plan_memory(self, memory_bytes: float) -> MemoryPlan:
+    def _plan_memory(self, lanes: Lanes, memory_bytes: float) -> MemoryPlan:
         """What the layers keep, with what is left of the budget after the rest is counted."""
-        setup, shape = self.setup, self.model.shape
-        peft, policy = setup.job.peft, setup.activation_policy
-        itemsize, tokens = self.model.dtype.itemsize, setup.lane_tokens * setup.num_lanes
-        state = training_state_bytes(self.adapter.master.numel(), setup.job.training.optim)
-        return plan_memory(
-            shape,
-            targets=target_names(peft.target_modules),
-            layers=target_layers(peft.layers_to_transform, shape.num_layers),
-            tokens=tokens,
-            context=setup.lane_tokens,
-            itemsize=itemsize,
-            memory_bytes=memory_bytes,
-            other_bytes=state + working_bytes(shape, tokens, itemsize),
-            policy="fast" if policy == "offload" else policy,
-        )
+        setup, model = self.setup, self.model
+        memory = JobMemory.of(model.shape, setup.job, model.dtype.itemsize, setup.activation_policy)
+        return memory.plan(lanes, memory_bytes)
 
     def _restore(self) -> None:
         """Checkpoint, else the adapter to start from, else a fresh initialisation."""
@@ -142,7 +127,7 @@ class Trainer:
                     lowest_layer=self.adapter.lowest_layer if batch.train else top,
                 )
                 self._micro_batches[batch.id] = MicroBatchBackward(
-                    batch, grid, self.model, self._layers, self.store
+                    batch, grid, self.model, self._layers, self.store, self.working
                 )
         except Exception as error:
             self.fail(error)

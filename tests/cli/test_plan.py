@@ -1,0 +1,257 @@
+"""`flexft plan`: figures for models that this machine could not load, and each refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+
+from vllm_flexft.cli.main import main
+from vllm_flexft.cli.sizing import JobPlan, plan_job
+from vllm_flexft.config import FinetuneJob
+from vllm_flexft.graph.ops import ModelShape
+
+DOCS = Path(__file__).parents[2] / "docs/memory.md"
+# The published configs of Llama-3.1.
+LLAMA: dict[str, dict[str, int]] = {
+    "8B": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    ),
+    "70B": dict(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    ),
+}  # fmt: skip
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """A folder with the config of a Llama-3.1 and nothing else."""
+
+    def make(size: str = "8B", **changes: Any) -> str:
+        config = LlamaConfig(
+            **LLAMA[size], architectures=["LlamaForCausalLM"], dtype="bfloat16", vocab_size=128_256,
+            num_key_value_heads=8, max_position_embeddings=131_072,
+        )  # fmt: skip
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return make
+
+
+def sized(model: str, **options: Any) -> JobPlan:
+    job = {"name": "job", "dataset": {"path": "rows.jsonl"}, "peft": {"r": 16}}
+    return plan_job(
+        ModelShape.from_hf_config(AutoConfig.from_pretrained(model)),
+        FinetuneJob.from_mapping({**job, **options.pop("job", {})}),
+        **{"dtype": "bfloat16", "budget_gib": float("inf"), **options},
+    )
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["plan", *arguments, "--no-profile"])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_8b_keeps_what_its_dimensions_say(write: Write) -> None:
+    """Residual stream twice, q and attention: 4 x 4,096 a layer; gate and up: 28,672. bf16."""
+    plan = sized(write())
+    per_layer = 4 * 4096 + 2 * 14336
+    assert plan.memory.bytes_per_token == 2 * (32 * per_layer + 4096)
+    assert plan.working == 1024 * (4 * 4096 + (2 + 4) * 2 * 8 * 128)
+    a_layer = 9 * 4096 + 3 * 14336 + 2 * 1024  # inputs and outputs of the seven linears
+    assert plan.parameters == 16 * 32 * a_layer == 41_943_040
+    assert plan.state == 16 * plan.parameters
+    assert plan.kv_per_token == 32 * 2 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize("size", LLAMA)
+def test_least_of_llama_is_the_layers_inputs_and_below_flexllms_15_percent(
+    size: str, write: Write
+) -> None:
+    plan = sized(write(size), policy="minimal")
+    hidden, layers = LLAMA[size]["hidden_size"], LLAMA[size]["num_hidden_layers"]
+    assert plan.memory.bytes_per_token == 2 * hidden * (layers + 1)
+    assert plan.reduction[-1][1] == plan.memory.bytes_per_token
+    sizes = [bytes_ for _, bytes_ in plan.reduction]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.15 * sizes[0]
+
+
+def test_the_table_in_the_docs_is_what_the_plan_says(write: Write) -> None:
+    plans = [sized(write(size)) for size in LLAMA]
+    rows = {
+        name: [f"{plan.reduction[i][1] * 1024 / 1e9:.2f} GB" for plan in plans]
+        for i, (name, _) in enumerate(plans[0].reduction)
+    }
+    text = DOCS.read_text()
+    for name, values in rows.items():
+        assert f"| {name} | {' | '.join(values)} |" in text
+
+
+def test_a_budget_is_filled_and_never_exceeded(write: Write) -> None:
+    model = write()
+    floor, ceiling = sized(model).floor / 2**30, sized(model).ceiling / 2**30
+    for budget in (floor + 1e-6, 1.1, 2.0, 3.0, ceiling, 10.0):
+        plan = sized(model, budget_gib=budget)
+        assert plan.total <= budget * 2**30
+        assert (plan.memory.recompute_flops == sized(model).memory.recompute_flops) == (
+            budget >= ceiling
+        )
+
+
+def test_the_longest_sequence_fits_and_one_token_more_does_not(write: Write) -> None:
+    model = write()
+    longest = sized(model, budget_gib=1.5).largest_tokens
+    assert longest is not None
+    lengths = {"dataset": {"path": "rows.jsonl", "max_length": longest}}
+    sized(model, budget_gib=1.5, job=lengths)
+    lengths["dataset"]["max_length"] = longest + 1
+    with pytest.raises(ValueError, match="memory_gib"):
+        sized(model, budget_gib=1.5, job=lengths)
+
+
+def test_refused_budget_names_the_floor(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write("70B")
+    status, _, error = run(capsys, model, "--memory-gib", "0.5")
+    assert status == 2
+    (enough,) = re.findall(r"memory_gib ([0-9.]+)", error)
+    assert run(capsys, model, "--memory-gib", enough)[0] == 0
+    less = f"{float(enough) - 0.001:.3f}"
+    assert run(capsys, model, "--memory-gib", less)[0] == 2
+
+
+def test_70b_is_printed_from_its_config_with_bars(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text, _ = run(capsys, write("70B"), "--rank", "16", "--memory-gib", "8")
+    assert status == 0
+    plan = sized(write("70B"), budget_gib=8.0)
+    for expected in (
+        "80 layers of 8192",
+        f"a token: {plan.memory.bytes_per_token:,} bytes",
+        f"{plan.parameters:,} parameters",
+        "(64 blocks of 16)",
+        f"longest sequence that fits: {plan.largest_tokens:,} tokens",
+        f"recomputed: {plan.recomputed_share:.1%}",
+        "█" * 30,
+    ):
+        assert expected in text
+
+
+def test_speed_is_predicted_from_a_profile_of_this_machine(
+    write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_flexft.cli import plan as command
+
+    monkeypatch.setattr(command, "measured_flops", lambda *_: 1e15)
+    assert main(["plan", write()]) == 0
+    (speed,) = re.findall(r"when idle: ([0-9,]+) tokens/s", capsys.readouterr().out)
+    # forward and dX of 7.0 G parameters in the layers, and of the head's 0.5 G: 30 GFLOP a token
+    assert int(speed.replace(",", "")) == pytest.approx(1e15 / 30.0e9, rel=0.01)
+
+
+def test_profile_measures_a_gemm_of_the_model(write: Write) -> None:
+    from vllm_flexft.cli.sizing import measured_flops
+
+    shape = ModelShape.from_hf_config(AutoConfig.from_pretrained(write()))
+    assert 1e8 < measured_flops(shape, "float32", seconds=0.05) < 1e16
+
+
+def test_picture_is_a_png(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plan.png"
+    assert run(capsys, write(), "--png", str(out))[0] == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_job_file_decides_and_options_come_before_it(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "name: j\ndataset: {path: rows.jsonl, max_length: 512}\n"
+        "peft: {r: 4, target_modules: [down_proj], layers_to_transform: [30, 31]}\n"
+    )
+    _, text, _ = run(capsys, write(), str(job))
+    assert "backward runs through 2 of them" in text
+    assert "for a micro-batch of 512 tokens" in text
+    assert f"{2 * 4 * (4096 + 14336):,} parameters" in text
+    _, text, _ = run(capsys, write(), str(job), "--max-length", "2048", "--rank", "8")
+    assert "for a micro-batch of 2,048 tokens" in text
+    assert f"{2 * 8 * (4096 + 14336):,} parameters" in text
+
+
+def _wrong(case: str, write: Write, folder: Path) -> list[str]:
+    job = folder / "job.yaml"
+    if case == "no model":
+        return [str(folder / "nothing")]
+    if case == "no config":
+        (folder / "empty").mkdir()
+        return [str(folder / "empty")]
+    if case == "family":
+        return [write(architectures=["GPT2LMHeadModel"])]
+    if case == "dtype":
+        return [write(dtype="float16")]
+    if case == "positions":
+        return [write(), "--max-length", "200000"]
+    if case == "no job":
+        return [write(), str(job)]
+    if case == "bad job":
+        job.write_text("name: j\ndataset: {path: rows.jsonl}\npeft: {rank: 4}\n")
+        return [write(), str(job)]
+    assert case == "layers"
+    job.write_text("name: j\ndataset: {path: rows.jsonl}\npeft: {layers_to_transform: [32]}\n")
+    return [write(), str(job)]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no model", "nothing: no model config there .* give a model folder"),
+        ("no config", "empty: no model config there .* give a model folder"),
+        ("family", "GPT2LMHeadModel cannot be co-finetuned; supported: Llama"),
+        ("dtype", "dtype float16 is not supported; give --dtype float32 or bfloat16"),
+        ("positions", "200000 tokens are more than the model's 131072 .* --max-length 131072"),
+        ("no job", "job.yaml: no such file"),
+        ("bad job", "job.yaml: peft.rank.*peft.r"),
+        ("layers", r"peft.layers_to_transform: \(32,\) .* layers 0..31"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    case: str, message: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, text, error = run(capsys, *_wrong(case, write, tmp_path))
+    assert (status, text) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("option", ["--max-length", "--memory-gib", "--rank", "--block-size"])
+@pytest.mark.parametrize("value", ["0", "-3", "many", "nan"])
+def test_numbers_that_make_no_sense_are_refused_by_the_option_s_name(
+    option: str, value: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        main(["plan", write(), option, value])
+    assert refusal.value.code == 2
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_qwen3_keeps_keys_before_their_norm(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"], dtype="bfloat16", hidden_size=1024, head_dim=128,
+        num_attention_heads=16, num_key_value_heads=8, num_hidden_layers=28, intermediate_size=3072,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    by_tensor = sized(str(tmp_path)).memory.bytes_by_tensor()
+    assert by_tensor["qkv"] == 28 * 2 * (16 + 8) * 128

@@ -1,0 +1,44 @@
+"""What the backward works in beside the kept activations, allocated once when the job opens.
+
+One micro-batch is in backward at a time, one layer of it at a time, so one set of keys and values
+serves them all; a residual gradient belongs to its lane.
+Legend: T micro-batch tokens, D hidden, K KV heads, E head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_flexft.graph.job_memory import Lanes
+from vllm_flexft.graph.ops import ModelShape
+
+
+class WorkingBuffers:
+    def __init__(
+        self, shape: ModelShape, lanes: Lanes, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        heads = (2, lanes.tokens, shape.num_kv_heads, shape.head_dim)
+        self._d_residual = torch.empty(
+            lanes.count, lanes.tokens, shape.hidden_size, dtype=torch.float32, device=device
+        )
+        self._kv = torch.empty(heads, dtype=dtype, device=device)
+        self._kv_grads = torch.empty(heads, dtype=torch.float32, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._d_residual.nbytes + self._kv.nbytes + self._kv_grads.nbytes
+
+    def residual_grad(self, lane: int, tokens: int) -> Tensor:
+        """(T, D) fp32 zeros."""
+        return self._d_residual[lane, :tokens].zero_()
+
+    def kv(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V, (T, K, E), to be filled."""
+        k, v = self._kv[:, :tokens]
+        return k, v
+
+    def kv_grads(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """dK and dV, (T, K, E) fp32 zeros."""
+        dk, dv = self._kv_grads[:, :tokens].zero_()
+        return dk, dv
