@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vllm_flexft.cli.sizing import plan_job
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.sched.admission import Admission, EngineLimits
 
@@ -61,6 +64,27 @@ def test_a_sequence_beyond_what_the_cache_can_lend_is_refused(
             job(tmp_path, dataset={"path": rows, "completion_only_loss": False}),
             tmp_path / "out",
         )
+
+
+def test_a_job_that_no_lane_can_hold_is_refused_with_the_number_that_flexft_plan_names(
+    model_config: Any, engine_limits: EngineLimits, tmp_path: Path
+) -> None:
+    limits = dataclasses.replace(engine_limits, memory_bytes=lambda: 1000.0)
+    wanted = job(tmp_path)
+    with pytest.raises(ValueError, match="memory_gib") as refusal:
+        Admission(model_config, limits, frozenset()).prepare("id", wanted, tmp_path / "out")
+    (enough,) = re.findall(r"memory_gib ([0-9.]+)", str(refusal.value))
+    (longest,) = re.findall(r"for (\d+) tokens", str(refusal.value))
+    dataset = wanted.dataset.model_copy(update={"max_length": int(longest)})
+    planned = plan_job(
+        limits.shape,
+        wanted.model_copy(update={"dataset": dataset}),
+        dtype="float32",
+        budget_gib=float("inf"),
+    )
+    assert 0 <= float(enough) - planned.floor / 2**30 < 0.001
+    limits = dataclasses.replace(engine_limits, memory_bytes=lambda: float(enough) * 2**30)
+    assert Admission(model_config, limits, frozenset()).prepare("id", wanted, tmp_path / "out")
 
 
 def test_a_reserved_name_is_refused(admission: Admission, tmp_path: Path) -> None:
