@@ -3,9 +3,10 @@ VENV    ?= .venv
 FLAVOUR := $(if $(CUDA),cuda,cpu)
 STAMP   := $(VENV)/.setup-$(FLAVOUR)
 PYTEST_ARGS ?=
+BENCH_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-train bench-memory bench-kernels clean
+.PHONY: help setup demo test lint bench-train bench-memory bench-kernels bench-coserve bench-overhead bench-simulate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +37,15 @@ bench-memory: setup  ## bytes kept for the backward against PEFT, measured
 
 bench-kernels: setup  ## each kernel against its plain-torch reference
 	@$(VENV)/bin/python -m benchmarks.kernels_cpu
+
+bench-coserve: setup  ## serving and training together against taking turns and running side by side (about 20 minutes)
+	@PYTHONPATH=examples $(VENV)/bin/python -m benchmarks.co_serving $(BENCH_ARGS)
+
+bench-overhead: setup  ## the plugin without a job against plain vLLM; time of a plan
+	@PYTHONPATH=examples $(VENV)/bin/python -m benchmarks.overhead $(BENCH_ARGS)
+
+bench-simulate: setup  ## the real scheduler on simulated machines, 1 to 50 requests a second
+	@$(VENV)/bin/python -m benchmarks.simulate $(BENCH_ARGS)
 
 clean:  ## remove the environment, caches and demo output
 	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

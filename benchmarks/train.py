@@ -101,7 +101,7 @@ def run_peft(model_dir: Path, data: Path, dtype: str, steps: int, padded: bool) 
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0
     )
-    examples = list(_tokenised(tokenizer, data))
+    examples = list(tokenised(tokenizer, data))
     tokens, started = 0, 0.0
     for step in range(WARM_STEPS + steps):
         if step == WARM_STEPS:
@@ -110,7 +110,7 @@ def run_peft(model_dir: Path, data: Path, dtype: str, steps: int, padded: bool) 
         count = sum(label != -100 for _, labels in batch for label in labels[1:])
         groups = [batch] if padded else [[example] for example in batch]
         for group in groups:
-            _backward(model, group, count, tokenizer.pad_token_id)
+            backward(model, group, count, tokenizer.pad_token_id)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -118,7 +118,7 @@ def run_peft(model_dir: Path, data: Path, dtype: str, steps: int, padded: bool) 
     return tokens / (time.perf_counter() - started)
 
 
-def _tokenised(tokenizer: Any, data: Path) -> Iterator[tuple[list[int], list[int]]]:
+def tokenised(tokenizer: Any, data: Path) -> Iterator[tuple[list[int], list[int]]]:
     for line in data.read_text().splitlines():
         row = json.loads(line)
         encoded = tokenizer(row["prompt"] + row["completion"], return_offsets_mapping=True)
@@ -131,7 +131,7 @@ def _tokenised(tokenizer: Any, data: Path) -> Iterator[tuple[list[int], list[int
         yield ids, labels
 
 
-def _backward(model: Any, group: list[tuple[list[int], list[int]]], count: int, pad: int) -> None:
+def backward(model: Any, group: list[tuple[list[int], list[int]]], count: int, pad: int) -> None:
     import torch
 
     longest = max(len(ids) for ids, _ in group)
