@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_flexft.cli import plan
+from vllm_flexft.cli import jobs, plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,10 +14,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flexft", description="Finetune LoRA adapters inside a serving vLLM."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="check that vLLM finds the plugin")
     doctor.set_defaults(run=run_doctor)
     plan.add_command(commands)
+    jobs.add_commands(commands)
     return parser
 
 
@@ -33,7 +34,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         return args.run(args)
     except (ValueError, OSError) as error:  # what the user gave; anything else is our bug
