@@ -1,265 +1,268 @@
-"""What the forward leaves behind for the backward: ours against PEFT's, in measured bytes.
+"""What a training step keeps in memory: ours against PEFT's, in measured bytes.
 
-    python -m benchmarks.memory [--quick]
+    python -m benchmarks.memory [--quick] [--threads N] [--out benchmarks/results]
 
-Measured with a tracker that sees every storage made and freed (live_bytes.py): live bytes after a
-forward pass less those before. PEFT runs with and without gradient checkpointing;
-ours is the arena, adapter state and working buffers of a real engine that trains the same rows.
-The last line is JSON:
-  kept_vs_peft          our activations / PEFT's without checkpointing, 1,024 tokens, all-linear
-  kept_vs_checkpointing our activations under the least budget / PEFT's with checkpointing
-  step_time_vs_peft     time of a training step under that same budget / PEFT's
-  plan_vs_measured      largest relative difference between `flexft plan` and what was measured
-  linear_1k_to_32k      bytes at 32k tokens / (32 x bytes at 1k), from a run at each length
+Bytes come from a tracker that sees every storage made and freed (live_bytes.py). Two models of
+random weights: 110 M parameters at 1,024 tokens for shares and times, and one of two narrow layers
+for the growth from 1k to 32k tokens. Steps of the two sides are timed in turn, so that
+whatever else the machine does meets both. The tables and a plot go into --out; the last line is
+JSON:
+  kept_vs_peft          our activations / PEFT's without checkpointing, 1,024 tokens, all-linear,
+                        under a budget of SHARE of PEFT's
+  kept_vs_checkpointing our activations, least policy / PEFT's with checkpointing
+  step_time_vs_peft     our step under that same budget / PEFT's without checkpointing (median of
+                        the rounds' ratios)
+  plan_vs_measured      largest |`flexft plan` / measured - 1| over all runs
+  linear_1k_to_32k      kept and working bytes at 32k tokens / (32 x those at 1k)
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import platform
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live_bytes import LiveBytes
-
 LENGTH = 1024
 SHARE = 0.12  # of PEFT's activations: the budget that ours is given
-PEFT = {"r": 16, "lora_alpha": 32}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROUNDS = 3
+ROUNDS = 5
+LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+# Two layers, so that PEFT's activations at 32k tokens fit a small machine.
+NARROW = dict(hidden_size=256, intermediate_size=768, head_dim=64, max_position_embeddings=40_000)
+UPPER = list(range(7, 14))  # of 14 layers
+JOBS: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "q_proj, v_proj": {"targets": ["q_proj", "v_proj"]},
+    "down_proj": {"targets": ["down_proj"]},
+    "all-linear, upper half": {"layers": UPPER},
+    "down_proj, upper half": {"targets": ["down_proj"], "layers": UPPER},
+}
 
 
-def random_rows(model: Path, path: Path, length: int, count: int) -> Path:
-    """`count` texts of at least `length` tokens; the job cuts them to exactly that."""
-    import random
+class Side:
+    """A measuring process that answers one JSON line with another."""
 
-    import sample_text
-    from transformers import AutoTokenizer
+    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+        self._process, self._name = process, name
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rng = random.Random(0)
-    lines = []
-    for _ in range(count):
-        text, size = [], 0
-        while size < 2 * length:  # a whole text has fewer tokens than its pieces
-            piece = " ".join(sample_text.question_and_answer(rng)) + " "
-            size += len(tokenizer(piece, add_special_tokens=False)["input_ids"])
-            text.append(piece)
-        lines.append(json.dumps({"text": "".join(text)}))
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    def ask(self, **request: Any) -> dict[str, Any]:
+        pipe_in, pipe_out = self._process.stdin, self._process.stdout
+        assert pipe_in is not None
+        assert pipe_out is not None
+        print(json.dumps(request), file=pipe_in, flush=True)
+        for line in pipe_out:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        sys.exit(f"{self._name} ended at {request}; see its output above")
 
 
-def measure_peft(model_dir: Path, checkpointing: bool) -> dict[str, float]:
-    """Live bytes after the forward of one sequence of LENGTH tokens, and seconds a step."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    base = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=LINEARS, **PEFT))
-    model.train()
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, base.config.vocab_size, (1, LENGTH))
-
-    def hidden() -> torch.Tensor:
-        """Up to the final norm: the loss head is another matter, and ours keeps nothing for it."""
-        return model.base_model.model.model(input_ids=ids, use_cache=False).last_hidden_state
-
-    with LiveBytes() as tracker:
-        before = tracker.total
-        out = hidden()
-        kept = tracker.total - before
-        del out
-    times = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - started)
-    return {"kept": kept, "seconds": min(times[1:])}
+ANSWER = "answer: "
 
 
-def measure_engine(
-    model: Path, work: Path, length: int, memory_gib: float | None, policy: str, steps: int
-) -> dict[str, float]:
-    """Live bytes that a job of `length`-token sequences adds to an engine, and seconds a step."""
-    from vllm import LLM
-
-    from vllm_flexft.cli.plan import plan_job
-    from vllm_flexft.config import FinetuneJob
-    from vllm_flexft.inprocess import wait_for_jobs
-    from vllm_flexft.sched import scheduler
-    from vllm_flexft.train.backward import MicroBatchBackward
-    from vllm_flexft.train.trainer import Trainer
-
-    scheduler.MIN_LANE_TOKENS, scheduler.NUM_LANES = 1, 1  # one sequence: as PEFT has it
-    data = random_rows(model, work / "rows.jsonl", length, 1)
-    job = {
-        "name": "bench",
-        "dataset": {"path": str(data), "max_length": length, "shuffle": False},
-        "peft": PEFT,
-        "training": {"max_steps": steps, "train_batch_size": 1, "save_steps": 10_000},
-    }
-    options: dict[str, Any] = {
-        "state_dir": str(work / "state"),
-        "activation_policy": policy,
-        "ttft_ms": 1e7,  # nothing else is served: the whole backward may fit one step
-    }
-    if memory_gib is not None:
-        options["memory_gib"] = memory_gib
-    llm = LLM(
-        str(model),
-        dtype="bfloat16",
-        max_model_len=length + 64,
-        max_num_seqs=4,
-        kv_cache_memory_bytes=2**30,
-        additional_config={"co_finetune": [job], "co_finetune_config": options},
-    )
-    result: dict[str, float] = {"working": 0.0}
-    tracker = LiveBytes()
-    construct, begin = Trainer.__init__, Trainer.begin
-    run_slice, update = MicroBatchBackward._run_slice, Trainer._update
-
-    def tracked_init(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        result["before"] = tracker.total
-        construct(self, *args, **kwargs)
-        result["store"] = self.store.num_bytes
-
-    def tracked_begin(self: Trainer, batches: Any) -> None:
-        before = tracker.total
-        begin(self, batches)
-        grown = tracker.total - before
-        result["begun"] = max(result.get("begun", 0.0), grown)  # the residual stream's gradient
-
-    def tracked_slice(self: MicroBatchBackward, part: Any) -> None:
-        result.setdefault("first_slice", tracker.total)
-        run_slice(self, part)
-        grown = tracker.total - result["first_slice"] + result.get("begun", 0.0)
-        result["working"] = max(result["working"], grown)
-
-    def tracked_update(self: Trainer, step: Any) -> float:
-        norm = update(self, step)
-        state = self.adapter.master.nbytes + self.adapter.grad.nbytes
-        moments = self.optimizer._optimizer.state[self.optimizer._parameter]
-        result["state"] = state + sum(moments[key].nbytes for key in ("exp_avg", "exp_avg_sq"))
-        return norm
-
-    if steps == 1:  # a tracker in the way of every operation: not while time is taken
-        Trainer.__init__, Trainer.begin = tracked_init, tracked_begin  # type: ignore
-        MicroBatchBackward._run_slice = tracked_slice  # type: ignore
-        Trainer._update = tracked_update  # type: ignore
-        with tracker:
-            wait_for_jobs(llm)
-        result["measured"] = result["store"] + result["working"] + result["state"]
-    else:
-        wait_for_jobs(llm)
-    parsed = FinetuneJob.from_mapping(job)
-    from transformers import AutoConfig
-
-    from vllm_flexft.graph.ops import ModelShape
-
-    planned = plan_job(
-        ModelShape.from_hf_config(AutoConfig.from_pretrained(model)),
-        parsed,
-        dtype="bfloat16",
-        budget_gib=memory_gib if memory_gib is not None else float("inf"),
-        policy="auto" if policy == "offload" else policy,  # type: ignore[arg-type]
-    )
-    result["planned_activations"] = planned.activations
-    result["planned"] = planned.activations + planned.working + planned.state
-    lines = (work / "state/adapters/bench/metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
-    if steps > 1:
-        times = [b["time"] - a["time"] for a, b in itertools.pairwise(metrics)]
-        result["seconds"] = min(times)
-    return result
-
-
-def in_process(kind: str, *arguments: Any, threads: int) -> dict[str, float]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", kind, *map(str, arguments)]
+@contextmanager
+def side(kind: str, model: Path, threads: int, max_length: int = LENGTH) -> Iterator[Side]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--side", kind, str(model)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    done = subprocess.run(command, env=environment, check=False, capture_output=True)
-    if done.returncode:
-        sys.exit(f"{kind} {arguments} failed:\n{done.stderr.decode()[-4000:]}")
-    values: dict[str, float] = json.loads(done.stdout.decode().splitlines()[-1])
-    print(f"{kind:8} {' '.join(map(str, arguments)):60.60} {values}", flush=True)
-    return values
+    with subprocess.Popen(
+        [*command, str(max_length)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield Side(process, kind)
+        finally:
+            process.kill()
 
 
-def one(kind: str, arguments: list[str]) -> dict[str, float]:
-    model = Path(arguments[0])
-    if kind == "peft":
-        return measure_peft(model, arguments[1] == "checkpointing")
-    length, memory, policy, steps = arguments[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        gib = None if memory == "none" else float(memory)
-        return measure_engine(model, Path(folder), int(length), gib, policy, int(steps))
+def be_side(kind: str, model: Path, max_length: int) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        if kind == "engine":
+            from benchmarks.memory_engine import EngineSide
+
+            measuring: Any = EngineSide(model, Path(work), max_length)
+        else:
+            from benchmarks.memory_peft import PeftSide
+
+            measuring = PeftSide(model, checkpointing=kind == "checkpointing")
+        for line in sys.stdin:
+            print(ANSWER + json.dumps(measuring.answer(json.loads(line))), flush=True)
+
+
+def at_1024(model: Path, threads: int) -> dict[str, Any]:
+    """Shares of PEFT's bytes, step times in turn with PEFT, and what pruning saves."""
+    with (
+        side("plain", model, threads) as peft,
+        side("checkpointing", model, threads) as checkpointing,
+        side("engine", model, threads) as engine,
+    ):
+        one = {"do": "bytes", "length": LENGTH}
+        bytes_of = {"PEFT": peft.ask(**one), "PEFT, checkpointing": checkpointing.ask(**one)}
+        ours = {
+            "fast": engine.ask(**one, policy="fast"),
+            "minimal": engine.ask(**one, policy="minimal"),
+        }
+        # State and working buffers come on top of the activations' share.
+        kept = SHARE * bytes_of["PEFT"]["kept"]
+        budget = {"memory_gib": (kept + ours["fast"]["planned_other"]) / 2**30, "length": LENGTH}
+        ours["auto"] = engine.ask(do="bytes", **budget)
+        for name, measured in (*bytes_of.items(), *ours.items()):
+            print(f"{name:24} {measured}", flush=True)
+        times = timed(peft, checkpointing, engine, budget)
+        pruning = pruned(engine)
+    return {"bytes": {**bytes_of, **ours}, "times": times, "pruning": pruning}
+
+
+def timed(peft: Side, checkpointing: Side, engine: Side, budget: dict[str, Any]) -> dict[str, Any]:
+    plan = engine.ask(do="open", steps=ROUNDS + 1, profile=True, **budget)
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        rounds.append(
+            {
+                "PEFT": peft.ask(do="step", length=LENGTH)["seconds"],
+                "PEFT, checkpointing": checkpointing.ask(do="step", length=LENGTH)["seconds"],
+                "ours": engine.ask(do="step")["seconds"],
+            }
+        )
+        print(f"seconds a step: {rounds[-1]}", flush=True)
+    del rounds[0]  # warm-up
+    ratios = {
+        base: statistics.median(one["ours"] / one[base] for one in rounds)
+        for base in ("PEFT", "PEFT, checkpointing")
+    }
+    rate = LENGTH / statistics.median(one["ours"] for one in rounds)
+    return {
+        "rounds": rounds,
+        "ours_vs": ratios,
+        "tokens_per_second": rate,
+        "planned_tokens_per_second": plan["planned_tokens_per_second"],
+        "recomputed_share": plan["recomputed_share"],
+    }
+
+
+def pruned(engine: Side) -> dict[str, Any]:
+    """What jobs with fewer adapters keep and how long their steps take, with nothing recomputed."""
+    table = {}
+    for name, job in JOBS.items():
+        measured = engine.ask(do="bytes", length=LENGTH, policy="fast", **job)
+        engine.ask(do="open", steps=3, length=LENGTH, policy="fast", **job)
+        seconds = min([engine.ask(do="step")["seconds"] for _ in range(3)][1:])
+        table[name] = {"kept": measured["kept"], "seconds": seconds, **measured}
+        print(f"{name:24} {measured['kept'] / 2**20:8.1f} MiB  {seconds:.2f} s", flush=True)
+    return table
+
+
+def growth(model: Path, lengths: tuple[int, ...], threads: int) -> dict[str, dict[str, Any]]:
+    """Variant -> length -> bytes. The ablation adds one step at a time."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, kind in (("PEFT", "plain"), ("PEFT, checkpointing", "checkpointing")):
+        with side(kind, model, threads) as peft:
+            for length in lengths:
+                table.setdefault(name, {})[str(length)] = peft.ask(do="bytes", length=length)
+    with side("engine", model, threads, max(lengths)) as engine:
+        for length in lengths:
+            whole = {"do": "bytes", "length": length, "window": length}
+            steps = {
+                "pruned": engine.ask(**whole, policy="fast"),
+                "+ rematerialised": engine.ask(**whole, policy="minimal"),
+                "+ token windows": engine.ask(do="bytes", length=length, policy="minimal"),
+            }
+            for name, measured in steps.items():
+                table.setdefault(name, {})[str(length)] = measured
+            sizes = {name: round(of[str(length)]["peak"] / 2**20, 1) for name, of in table.items()}
+            print(f"{length:6} tokens, MiB at the peak: {sizes}", flush=True)
+    return table
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    shares = result["at_1024"]["bytes"]
+    names = {"fast": "pruned", "auto": f"budget of {SHARE:.0%}", "minimal": "least"}
+    left.barh(
+        [names.get(name, name) for name in shares], [of["kept"] / 2**20 for of in shares.values()]
+    )
+    left.invert_yaxis()
+    left.set_xlabel("MiB kept for the backward, 1,024 tokens, 110 M parameters")
+    for name, by_length in result["growth"].items():
+        lengths = [int(length) for length in by_length]
+        peaks = [by_length[length]["peak"] / 2**20 for length in by_length]
+        right.loglog(lengths, peaks, marker="o", label=name)
+    right.set_xlabel("tokens")
+    right.set_ylabel("MiB of activations and working buffers at the peak of a step")
+    right.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+    right.minorticks_off()
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    shares, growth_of = result["at_1024"]["bytes"], result["growth"]
+    ours = [shares[name] for name in ("fast", "auto", "minimal")]
+    ours += result["at_1024"]["pruning"].values()
+    for name in ("pruned", "+ rematerialised", "+ token windows"):
+        ours += growth_of[name].values()
+    windows = growth_of["+ token windows"]
+    short, long = min(windows, key=int), max(windows, key=int)
+    held = {length: of["kept"] + of["working"] for length, of in windows.items()}
+    return {
+        "kept_vs_peft": round(shares["auto"]["kept"] / shares["PEFT"]["kept"], 4),
+        "kept_vs_checkpointing": round(
+            shares["minimal"]["kept"] / shares["PEFT, checkpointing"]["kept"], 4
+        ),
+        "step_time_vs_peft": round(result["at_1024"]["times"]["ours_vs"]["PEFT"], 3),
+        "plan_vs_measured": round(max(abs(o["planned"] / o["measured"] - 1) for o in ours), 4),
+        "linear_1k_to_32k": round(held[long] / held[short] * int(short) / int(long), 4),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="lengths up to 4k in place of 32k")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(one(arguments.one[0], arguments.one[1:])))
+    if arguments.side:
+        kind, model, max_length = arguments.side
+        be_side(kind, Path(model), int(max_length))
         return
     from make_model import make_model
 
-    threads = arguments.threads
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model", size="100m", dtype="bfloat16")
-        small = make_model(
-            Path(folder) / "small", size="tiny", dtype="bfloat16", max_position_embeddings=40_000
-        )
-        plain = in_process("peft", model, "plain", threads=threads)
-        checkpointing = in_process("peft", model, "checkpointing", threads=threads)
-        # The state and working buffers come on top of the activations' share.
-        fast = in_process("engine", model, LENGTH, "none", "fast", 1, threads=threads)
-        other = fast["planned"] - fast["planned_activations"]
-        budget = (SHARE * plain["kept"] + other) / 2**30
-        ours = in_process("engine", model, LENGTH, budget, "auto", 1, threads=threads)
-        least = in_process("engine", model, LENGTH, "none", "minimal", 1, threads=threads)
-        timed = in_process("engine", model, LENGTH, budget, "auto", ROUNDS + 2, threads=threads)
-        longest = 4096 if arguments.quick else 32_768
-        short = in_process("engine", small, LENGTH, "none", "auto", 1, threads=threads)
-        long = in_process("engine", small, longest, "none", "auto", 1, threads=threads)
-    runs = (fast, ours, least, short, long)
-    growth = (long["store"] + long["working"]) / (short["store"] + short["working"])
-    print(
-        json.dumps(
-            {
-                "kept_vs_peft": round(ours["store"] / plain["kept"], 4),
-                "kept_vs_checkpointing": round(least["store"] / checkpointing["kept"], 4),
-                "step_time_vs_peft": round(timed["seconds"] / plain["seconds"], 3),
-                "plan_vs_measured": round(
-                    max(abs(run["planned"] / run["measured"] - 1) for run in runs), 4
-                ),
-                "linear_1k_to_32k": round(growth * LENGTH / longest, 4),
-            }
-        )
-    )
+        large = make_model(Path(folder) / "large", size="100m", dtype="bfloat16")
+        narrow = make_model(Path(folder) / "narrow", dtype="bfloat16", **NARROW)
+        result: dict[str, Any] = {
+            "command": "make bench-memory",
+            "machine": f"{platform.machine()}, {arguments.threads} threads",
+            "at_1024": at_1024(large, arguments.threads),
+            "growth": growth(
+                narrow, LENGTHS[:3] if arguments.quick else LENGTHS, arguments.threads
+            ),
+        }
+    result["summary"] = summary(result)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, arguments.out / "memory.png")
+    print(json.dumps(result["summary"]))
 
 
 if __name__ == "__main__":
