@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ import yaml
 from demo_server import DemoError
 from make_model import make_model
 
-from benchmarks.co_serving import report, systems
+from benchmarks.co_serving import calibrate, report, systems
 from benchmarks.co_serving.client import Answer, Replay
 from benchmarks.co_serving.measures import Result, Slo, Window, finetune_tps, summarise
 from benchmarks.co_serving.processes import (
@@ -46,10 +45,7 @@ from benchmarks.co_serving.trace import Arrival, read_traces, stretch
 from benchmarks.train import rows_from
 
 LOADS = {"light": 0.25, "heavy": 0.65, "overload": 1.3}  # of the measured capacity
-# The objectives in multiples of what an answer takes without load. Interactive serving is mostly
-# held to a few times that: below 2 one co-batched prompt is a violation for inference alone too.
-TPOT_FACTOR, TTFT_FACTOR, LEAST_TTFT_S = 3.0, 10.0, 2.0
-PROBES = 12
+PROBES = 12  # requests without load
 BURST = (0.25, 1.3, 0.25)  # of capacity; a third of the time each
 GRACE_S = 8.0  # after the last arrival; what runs then is cut off
 
@@ -80,6 +76,7 @@ class Run:
         self.arguments, self.work, self._stack = arguments, work, stack
         self.times = QUICK if arguments.quick else FULL
         self.cores = sorted(os.sched_getaffinity(0))
+        self.threads = arguments.threads or len(self.cores)
         self.trace = read_traces(arguments.data_dir)
         self.model, self.rows = arguments.model, work / "rows.jsonl"
         if self.model is None:
@@ -88,7 +85,6 @@ class Run:
             self.model = make_model(work / "model", size=size, dtype="bfloat16", **longest)
         rows = rows_from(arguments.data_dir, 400)
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.phases: list[dict[str, Any]] = []
         self._seed = 0
 
     # ---- processes
@@ -121,7 +117,7 @@ class Run:
         }
         server = self.server(
             "co_serving",
-            len(self.cores),
+            self.threads,
             "--co-finetune-config",
             json.dumps(options),
             "--co-finetune",
@@ -140,25 +136,6 @@ class Run:
         self._seed += 1
         return Replay(server.url, SERVED, seed=self._seed)
 
-    async def calibrate(self, server: InferenceServer) -> tuple[float, Slo, dict[str, float]]:
-        """Capacity in requests a second and the objectives, from inference alone."""
-        probes = stretch(self.trace, 1.0, PROBES)
-        await self.replay(server).one_by_one(probes[:3])
-        alone = await self.replay(server).one_by_one(probes)
-        tpot = statistics.median(t for a in alone if (t := a.tpot_s) is not None)
-        ttft = statistics.median(a.ttft_s for a in alone)
-        slo = Slo(tpot_s=TPOT_FACTOR * tpot, ttft_s=max(LEAST_TTFT_S, TTFT_FACTOR * ttft))
-        burst = stretch(self.trace, 1.0, self.times.capacity_requests, skip=100)
-        began = time.time()
-        answers = await self.replay(server).all_at_once(burst, at_most_s=120.0)
-        # The last ones run in half-empty batches: 90 % of the answers tell the steady rate.
-        ends = sorted(a.ended for a in answers if a.complete and a.ended is not None)
-        if len(ends) < len(answers):
-            raise DemoError(f"capacity: {len(answers) - len(ends)} requests were not answered")
-        most = ends[: max(1, round(0.9 * len(ends)))]
-        capacity = len(most) / (most[-1] - began)
-        return capacity, slo, {"tpot_ms": tpot * 1e3, "ttft_ms": ttft * 1e3}
-
     async def phase(
         self, system: systems.System, arrivals: Sequence[Arrival], lead_in: float, seconds: float
     ) -> tuple[list[Answer], Window]:
@@ -171,22 +148,29 @@ class Run:
             await asyncio.sleep(max(0.0, began + length - time.time()))
         return answers, Window(began, began + lead_in, began + lead_in + seconds)
 
-    async def measure(
-        self, system: systems.System, load: str, rate: float, seconds: float, slo: Slo
-    ) -> Result:
+    async def under(
+        self, system: systems.System, load: str, rate: float, seconds: float
+    ) -> tuple[list[Answer], Window]:
+        """A system under a load; a shorter window has the first of the same arrivals."""
         times = self.times
         total = times.lead_in + times.main + times.tail
         end = times.lead_in + seconds + times.tail
-        # A shorter window has the first of the same arrivals.
         arrivals = [a for a in stretch(self.trace, rate, total, skip=500) if a.at_s < end]
         answers, window = await self.phase(system, arrivals, times.lead_in, seconds)
         system.server.check()
-        result = summarise(answers, system.updates(), window, slo)
         errors = sorted({a.error for a in answers if a.error and a.error != "cut off"})
         if errors:
             raise DemoError(f"{system.name} under {load} load: {'; '.join(errors[:3])}")
+        return answers, window
+
+    async def measure(
+        self, system: systems.System, load: str, rate: float, seconds: float, slo: Slo
+    ) -> Result:
+        answers, window = await self.under(system, load, rate, seconds)
+        return self.told(system, load, summarise(answers, system.updates(), window, slo))
+
+    def told(self, system: systems.System, load: str, result: Result) -> Result:
         print(report.row(load, system.name, result), flush=True)
-        self.phases.append({"load": load, "system": system.name, **result.as_dict()})
         return result
 
     async def burst(self, system: systems.System, capacity: float, slo: Slo) -> dict[str, Any]:
@@ -214,21 +198,27 @@ class Run:
 
     async def run(self) -> dict[str, Any]:
         cores, half = self.cores, max(1, len(self.cores) // 2)
-        plain = self.server("plain", len(cores))
+        plain = self.server("plain", self.threads)
         split = self.server("split", half)
         for server in (plain, split):
             server.wait_until_ready()
         split.bind(cores[:half])
-        trainer = self.trainer("trainer", len(cores))
+        trainer = self.trainer("trainer", self.threads)
         micro_batch = trainer.ready()
-        niced = self.trainer("niced", len(cores), micro_batch=micro_batch, nice=True)
+        niced = self.trainer("niced", self.threads, micro_batch=micro_batch, nice=True)
         other_half = self.trainer(
             "half", max(1, len(cores) - half), micro_batch=micro_batch, cores=cores[half:] or cores
         )
         for process in (other_half, niced):  # a niced one waits for any other
             process.ready()
         alone = await self.trainer_alone(trainer)
-        capacity, slo, unloaded = await self.calibrate(plain)
+        unloaded = await calibrate.unloaded(self.replay(plain), stretch(self.trace, 1.0, PROBES))
+        at_once = stretch(self.trace, 1.0, self.times.capacity_requests, skip=100)
+        capacity = await calibrate.capacity(self.replay(plain), at_once)
+        rates = {load: share * capacity for load, share in LOADS.items()}
+        only = systems.inference_only(plain)
+        heavy, window = await self.under(only, "heavy", rates["heavy"], self.times.main)
+        slo = calibrate.objectives(heavy, window)
         await self.replay(split).one_by_one(stretch(self.trace, 1.0, 3))  # warm
         print(
             f"trainer alone {alone:.0f} tokens/s (micro-batch {micro_batch}); capacity "
@@ -247,12 +237,14 @@ class Run:
         ]
         print(report.HEADER, flush=True)
         results: dict[str, dict[str, Result]] = {}
-        for load, share in LOADS.items():
-            rate, results[load] = share * capacity, {}
-            for system in (systems.inference_only(plain), ours):
-                results[load][system.name] = await self.measure(
-                    system, load, rate, self.times.main, slo
-                )
+        for load, rate in rates.items():
+            results[load] = {}
+            if load == "heavy":  # measured already: it set the objectives
+                result = self.told(only, load, summarise(heavy, [], window, slo))
+            else:
+                result = await self.measure(only, load, rate, self.times.main, slo)
+            results[load][only.name] = result
+            results[load][ours.name] = await self.measure(ours, load, rate, self.times.main, slo)
             for system in others:
                 results[load][system.name] = await self.measure(
                     system, load, rate, self.times.other, slo
@@ -261,7 +253,7 @@ class Run:
             "machine": report.machine(),
             "model": json.loads((self.model / "make_model.json").read_text()),
             "capacity_rps": capacity,
-            "rates_rps": {load: share * capacity for load, share in LOADS.items()},
+            "rates_rps": rates,
             "unloaded": unloaded,
             "slo": {"tpot_ms": slo.tpot_s * 1e3, "ttft_ms": slo.ttft_s * 1e3},
             "trainer_alone_tps": alone,
@@ -279,6 +271,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("VLLM_FLEXFT_DATA"))
     parser.add_argument("--model", type=Path, help="default: one of 121 M parameters is made")
     parser.add_argument("--quick", action="store_true", help="tiny model, short phases: a trial")
+    parser.add_argument("--threads", type=int, help="of every engine and trainer; default: cores")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--work", type=Path, help="keep logs here")
     arguments = parser.parse_args()
