@@ -207,7 +207,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         peaks = [by_length[length]["peak"] / 2**20 for length in by_length]
         right.loglog(lengths, peaks, marker="o", label=name)
     right.set_xlabel("tokens")
-    right.set_ylabel("MiB of activations and working buffers at the peak of a step")
+    right.set_ylabel("MiB at the peak of a step")
     right.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
     right.minorticks_off()
     right.legend()
