@@ -242,5 +242,5 @@ def test_server_option_is_refused_with_the_flag_it_came_from() -> None:
     with pytest.raises(JobError) as caught:
         ServerOptions.from_mapping({"tpot": 5, "max_jobs_at_once": 0})
     lines = str(caught.value).split("\n")
-    assert lines[0].startswith("co-finetune-config.max_jobs_at_once: got 0, expected")
-    assert lines[1].startswith("co-finetune-config.tpot: unknown key")
+    assert lines[1].startswith("co-finetune-config.max_jobs_at_once: got 0, expected")
+    assert lines[0].startswith("co-finetune-config.tpot: unknown key")

@@ -190,6 +190,24 @@ def test_bad_job_file_is_one_error_line_and_the_server_comes_up(
     assert entry.error in errors[0]
 
 
+def test_each_mistake_of_an_inline_job_is_a_line_with_its_name_unknown_keys_first(
+    model, environment, caplog
+):
+    job = {"name": "pybad", "dataset": {"path": "t.jsonl"}, "peft": {"r": 0}, "lora": {}}
+    config = in_process(model, additional_config={"co_finetune": [job]})
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    start = "Finetune job pybad (inline) is refused: "
+    assert [line.removeprefix(start).split(":")[0] for line in errors] == ["lora", "peft.r"]
+    (entry,) = CoServeConfig.from_vllm_config(config).jobs
+    assert entry.name == "pybad"
+
+
+def test_it_travels_whether_the_user_set_the_rank(model, environment):
+    for argv, given in (((), False), (("--max-lora-rank", "16"), True)):
+        config = from_command_line("--co-finetune", *argv, model=model)
+        assert CoServeConfig.from_vllm_config(config).rank_was_given is given
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [('{"tpot_ms": -1}', "tpot_ms"), ('{"tpot": 1}', "tpot"), ("{", "JSON"), ("[1]", "object")],

@@ -19,7 +19,9 @@ POLL_S = 0.02
 
 
 def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]:
-    """Return the records of this model's jobs once all have ended.
+    """Return the records of this model's jobs once all have ended, refused ones included.
+
+    What became of each says `record.status`; `record.error` says why it failed or was refused.
 
     Args:
         llm: a `vllm.LLM` that was created with `additional_config={"co_finetune": ...}`.
@@ -37,7 +39,7 @@ def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)  # None: it has its own process
     store = JobStore(job_store_path(config.options))
     deadline = None if timeout is None else time.monotonic() + timeout
-    names = {entry.job.name for entry in config.jobs if entry.job is not None}
+    named = {(entry.name or entry.source, entry.source) for entry in config.jobs}
     next_look = 0.0
     while True:
         worked = False
@@ -47,9 +49,16 @@ def wait_for_jobs(llm: Any, timeout: float | None = None) -> Sequence[JobRecord]
         now = time.monotonic()
         if now >= next_look or not worked:
             next_look = now + POLL_S
-            records = [r for r in store.list() if r.model == vllm_config.model_config.model]
-            known = {r.name for r in records} | {r.name for r in store.list() if r.refused}
-            if all(r.status in FINISHED for r in records) and names <= known:
+            model = vllm_config.model_config.model
+            records = [
+                r
+                for r in store.list()
+                if r.model == model or (r.refused and (r.name, r.source) in named)
+            ]
+            known = {record.name for record in records}
+            taken_in = core is None or core.scheduler.named_jobs_are_in
+            ended = all(record.status in FINISHED for record in records)
+            if taken_in and ended and all(name in known for name, _ in named):
                 return records
         if core is not None and (failure := core.scheduler.finetuning_failure) is not None:
             raise RuntimeError(f"finetuning has stopped: {failure}")

@@ -1,12 +1,13 @@
 """How the request to co-serve travels from the command line, or `LLM(...)`, to every process.
 
-It travels in vLLM's own `additional_config`, as plain JSON under three keys, since vLLM hashes that
+It travels in vLLM's own `additional_config`, as plain JSON under four keys, since vLLM hashes that
 dictionary and hands it to API servers, engine core and workers alike:
 
 - `co_finetune`: a list of `{"source": path or "inline", "job": {...}}`, or `"error": "..."` in
   place of `"job"` for a job that was refused;
 - `co_finetune_config`: the server-wide options, checked;
-- `co_finetune_reserved_names`: model names in use at start, which no job may take.
+- `co_finetune_reserved_names`: model names in use at start, which no job may take;
+- `co_finetune_rank_was_given`: whether the user set `--max-lora-rank`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ logger = logging.getLogger("vllm.flexft")
 JOBS_KEY = "co_finetune"
 OPTIONS_KEY = "co_finetune_config"
 RESERVED_NAMES_KEY = "co_finetune_reserved_names"
+RANK_GIVEN_KEY = "co_finetune_rank_was_given"
 
 # vLLM numbers adapters that it loads itself from 1 upwards, in each API server on its own. Ours
 # need numbers that all API servers agree on: this base plus the version's row in the job store.
@@ -47,7 +49,13 @@ class JobEntry:
 
     source: str
     job: FinetuneJob | None = None
-    error: str | None = None
+    error: str | None = None  # a line for every mistake
+    name: str | None = None  # the job's, where it could be read
+
+    @property
+    def label(self) -> str:
+        """For messages about a job that is refused."""
+        return f"{self.name} (inline)" if self.source == "inline" and self.name else self.source
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class CoServeConfig:
     serving_max_loras: int
     num_training_slots: int
     reserved_names: frozenset[str]
+    rank_was_given: bool = False  # --max-lora-rank, by the user
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> CoServeConfig | None:
@@ -83,6 +92,7 @@ class CoServeConfig:
             serving_max_loras=lora_config.max_loras - options.max_jobs_at_once,
             num_training_slots=options.max_jobs_at_once,
             reserved_names=frozenset(carried[RESERVED_NAMES_KEY]),
+            rank_was_given=bool(carried.get(RANK_GIVEN_KEY)),
         )
 
 
@@ -160,13 +170,15 @@ def normalise(
         if entry.job is not None:
             taken[entry.job.name] = entry.source
         else:
-            logger.error("Finetune job %s is refused: %s", entry.source, entry.error)
+            for mistake in (entry.error or "").splitlines():
+                logger.error("Finetune job %s is refused: %s", entry.label, mistake)
         entries.append(_write_entry(entry))
     return {
         **additional_config,
         JOBS_KEY: entries,
         OPTIONS_KEY: options.model_dump(mode="json"),
         RESERVED_NAMES_KEY: reserved,
+        RANK_GIVEN_KEY: max_rank is not None,
     }
 
 
@@ -204,14 +216,18 @@ def _load(given: Any) -> JobEntry:
     """Read one job: a mapping, JSON text of one, or the path of a YAML file."""
     inline = isinstance(given, Mapping) or (isinstance(given, str) and given[:1] == "{")
     source = "inline" if inline else str(given)
+    name = None
     try:
-        if not inline:
-            return JobEntry(source, job=FinetuneJob.from_yaml(Path(given)))
-        mapping = json.loads(given) if isinstance(given, str) else dict(given)
-        return JobEntry(source, job=FinetuneJob.from_mapping(mapping))
+        if inline:
+            mapping = json.loads(given) if isinstance(given, str) else dict(given)
+            name = mapping["name"] if isinstance(mapping.get("name"), str) else None
+            job = FinetuneJob.from_mapping(mapping)
+        else:
+            job = FinetuneJob.from_yaml(Path(given))
     except (JobError, OSError, json.JSONDecodeError) as error:
         lines = [line.removeprefix(f"{source}: ") for line in str(error).splitlines()]
-        return JobEntry(source, error="; ".join(lines))
+        return JobEntry(source, error="\n".join(lines), name=name)
+    return JobEntry(source, job=job, name=job.name)
 
 
 def _admit(
@@ -225,20 +241,22 @@ def _admit(
             error += "raise or leave out --max-lora-rank, or lower peft.r"
         else:
             error += "lower peft.r"
-        return JobEntry(entry.source, error=error)
+        return JobEntry(entry.source, error=error, name=job.name)
     if job.name in taken:
         error = f"name {job.name!r} is already used by {taken[job.name]}; choose another name"
-        return JobEntry(entry.source, error=error)
+        return JobEntry(entry.source, error=error, name=job.name)
     return entry
 
 
 def _write_entry(entry: JobEntry) -> dict[str, Any]:
     if entry.job is None:
-        return {"source": entry.source, "error": entry.error}
+        named = {} if entry.name is None else {"name": entry.name}
+        return {"source": entry.source, "error": entry.error, **named}
     return {"source": entry.source, "job": entry.job.model_dump(mode="json")}
 
 
 def _read_entry(entry: Mapping[str, Any]) -> JobEntry:
     if "job" in entry:
-        return JobEntry(entry["source"], job=FinetuneJob.from_mapping(entry["job"]))
-    return JobEntry(entry["source"], error=entry["error"])
+        job = FinetuneJob.from_mapping(entry["job"])
+        return JobEntry(entry["source"], job=job, name=job.name)
+    return JobEntry(entry["source"], error=entry["error"], name=entry.get("name"))

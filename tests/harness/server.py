@@ -103,8 +103,10 @@ class Server:
 
     def our_lines(self) -> list[str]:
         """Messages of vllm-flexft, as "LEVEL message"."""
-        ours = r"(?:reporter|feed|lease|scheduler|admission|wiring|adapters|trainer|writer|metrics)"
-        pattern = rf"^(?:\(.*?\) )?(\w+) \S+ \S+ \[{ours}\.py:\d+\] (.*)$"
+        ours = (
+            "reporter|feed|intake|lease|scheduler|admission|wiring|adapters|trainer|writer|metrics"
+        )
+        pattern = rf"^(?:\(.*?\) )?(\w+) \S+ \S+ \[(?:{ours})\.py:\d+\] (.*)$"
         found = re.findall(pattern, self.log_text(), flags=re.MULTILINE)
         return [f"{level} {message}" for level, message in found]
 

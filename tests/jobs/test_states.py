@@ -10,6 +10,7 @@ from vllm_flexft.jobs.states import FINISHED, TRANSITIONS, JobStatus, check_tran
 LEGAL = {
     ("queued", "running"),
     ("queued", "cancelled"),
+    ("queued", "failed"),
     ("running", "queued"),
     ("running", "succeeded"),
     ("running", "failed"),

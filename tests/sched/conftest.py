@@ -91,7 +91,7 @@ def make_manager() -> Callable[[int], Any]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine_limits() -> EngineLimits:
     return EngineLimits(
         max_model_len=512,

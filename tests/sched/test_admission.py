@@ -135,3 +135,14 @@ def test_files_of_something_else_are_named_and_stay(
         "checkpoint-best, notes.txt"
     ]
     assert (out / "notes.txt").exists()
+
+
+def test_a_rank_is_refused_with_where_the_limit_comes_from(
+    model_config: Any, engine_limits: EngineLimits, tmp_path: Path
+) -> None:
+    for given, said in ((True, "the server was started with"), (False, "jobs named at its start")):
+        limits = dataclasses.replace(engine_limits, rank_was_given=given)
+        with pytest.raises(ValueError, match=said):
+            Admission(model_config, limits, ()).prepare(
+                "id", job(tmp_path, peft={"r": 17}), tmp_path / "out"
+            )

@@ -25,7 +25,9 @@ def explain(exc: ValidationError, model: type[BaseModel], prefix: str = "") -> s
         prefix: what the paths begin with, where `model` is not the root of what the user wrote.
     """
     lines: dict[str, str] = {}
-    for error in exc.errors(include_url=False):
+    # An unknown key first: it is often what the other mistakes come from.
+    errors = exc.errors(include_url=False)
+    for error in sorted(errors, key=lambda e: e["type"] != "extra_forbidden"):
         keys, section, field = _locate(model, error["loc"])
         path = ".".join([prefix, *keys] if prefix else keys)
         # A union reports a line for every member that did not match: the first one is enough.

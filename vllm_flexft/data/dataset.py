@@ -5,17 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_flexft.config import DEFAULT_MAX_LENGTH, DatasetConfig
-from vllm_flexft.data.files import DataError, SourceRow, read_rows
+from vllm_flexft.data.files import (
+    SUFFIXES,
+    DataError,
+    SourceRow,
+    datasets_package,
+    read_rows,
+)
 from vllm_flexft.data.formats import normaliser
 from vllm_flexft.data.tokenize import ExampleTokenizer, Mask, TokenIds
 
 # Rows a call of the tokenizer: enough to keep its threads busy, a few MB of Python offsets.
 _BATCH_ROWS = 512
+_FIRST_ROWS = 64  # some tens of milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +119,7 @@ class TrainingData:
         Raises:
             DataError: the file, a row or the whole set cannot be trained on.
         """
-        max_length = _max_length(config, max_model_len)
-        tokenise = ExampleTokenizer(tokenizer, completion_only_loss=config.completion_only_loss)
-        rows = read_rows(config.path)
-        first = next(rows, None)
-        if first is None:
-            raise DataError(f"{config.path}: the dataset is empty")
-        normalise = normaliser(config, first, has_chat_template=bool(tokenizer.chat_template))
-        builder = _Builder(config, max_length)
-        for batch in _batches(itertools.chain([first], rows)):
-            encoded = tokenise([normalise(row) for row in batch], [row.where for row in batch])
-            builder.add(batch, encoded)
-        return builder.finish()
+        return _read(config, tokenizer, max_model_len).finish()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -136,6 +133,38 @@ class TrainingData:
         return TrainingSequence(
             int(self._rows[index]), self._token_ids[tokens], self._supervised[tokens]
         )
+
+
+def check_first_rows(config: DatasetConfig, tokenizer: Any, *, max_model_len: int) -> None:
+    """What `TrainingData.load` refuses at once, from the first 64 rows.
+
+    Of a Hugging Face dataset id only that the package is there: its rows may have to be fetched.
+    Raises DataError.
+    """
+    if Path(config.path).suffix.lower() not in SUFFIXES:
+        _max_length(config, max_model_len)
+        datasets_package(config.path)
+        return
+    builder = _read(config, tokenizer, max_model_len, first_rows=_FIRST_ROWS)
+    if builder.rows < _FIRST_ROWS:  # they are all
+        builder.finish()
+
+
+def _read(
+    config: DatasetConfig, tokenizer: Any, max_model_len: int, first_rows: int | None = None
+) -> _Builder:
+    max_length = _max_length(config, max_model_len)
+    tokenise = ExampleTokenizer(tokenizer, completion_only_loss=config.completion_only_loss)
+    rows = read_rows(config.path)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{config.path}: the dataset is empty")
+    normalise = normaliser(config, first, has_chat_template=bool(tokenizer.chat_template))
+    builder = _Builder(config, max_length)
+    for batch in _batches(itertools.islice(itertools.chain([first], rows), first_rows)):
+        encoded = tokenise([normalise(row) for row in batch], [row.where for row in batch])
+        builder.add(batch, encoded)
+    return builder
 
 
 class _Builder:

@@ -134,7 +134,8 @@ def _parquet(file: Path) -> Iterator[SourceRow]:
         raise DataError(f"{file}: not Parquet: {exc}") from None
 
 
-def _hugging_face(path: str) -> Iterator[SourceRow]:
+def datasets_package(path: str) -> Any:
+    """Raises DataError where Hugging Face `datasets`, which `path` needs, is not installed."""
     try:
         import datasets
     except ImportError:
@@ -142,6 +143,11 @@ def _hugging_face(path: str) -> Iterator[SourceRow]:
             f"{path}: no {', '.join(SUFFIXES)} file; a Hugging Face datasets id needs "
             "pip install datasets"
         ) from None
+    return datasets
+
+
+def _hugging_face(path: str) -> Iterator[SourceRow]:
+    datasets = datasets_package(path)
     try:
         rows = datasets.load_dataset(path, split="train")
     except Exception as exc:

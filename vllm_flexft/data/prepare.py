@@ -39,6 +39,8 @@ def main(parent: int) -> None:
 def _answer(request: dict[str, Any]) -> list[Any]:
     try:
         data = _load(request)
+        if data is None:
+            return [_line({})]
     except (ValueError, OSError) as error:  # DataError among them: the user's to mend
         return [_line({"error": str(error)})]
     except Exception as error:
@@ -52,11 +54,14 @@ def _load(request: dict[str, Any]) -> Any:
     if not source["trust_remote_code"]:
         _hide_torch()
     from vllm_flexft.config import DatasetConfig
-    from vllm_flexft.data.dataset import TrainingData
+    from vllm_flexft.data.dataset import TrainingData, check_first_rows
 
     config = DatasetConfig.model_validate(request["dataset"])
     tokenizer = _tokenizer(source["name"], source["revision"], source["trust_remote_code"])
-    return TrainingData.load(config, tokenizer, max_model_len=request["max_model_len"])
+    limit = request["max_model_len"]
+    if request["first_rows"]:
+        return check_first_rows(config, tokenizer, max_model_len=limit)
+    return TrainingData.load(config, tokenizer, max_model_len=limit)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,7 +68,31 @@ class DatasetPreparer:
             DataError: the dataset cannot be trained on, the tokenizer cannot be loaded, or the
                 child was killed.
         """
+        with self._answer(config, max_model_len, check) as (answer, pipe):
+            return self._read_data(answer, pipe, config.path)
+
+    def check_first_rows(
+        self,
+        config: DatasetConfig,
+        *,
+        max_model_len: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`data.dataset.check_first_rows`, elsewhere. Arguments and errors as for `load`."""
+        with self._answer(config, max_model_len, check, first_rows=True):
+            pass
+
+    @contextlib.contextmanager
+    def _answer(
+        self,
+        config: DatasetConfig,
+        max_model_len: int,
+        check: Callable[[], None],
+        first_rows: bool = False,
+    ) -> Iterator[tuple[dict[str, Any], Any]]:
+        """The child's line, and the pipe that the arrays follow on."""
         request = {
+            "first_rows": first_rows,
             "dataset": config.model_dump(mode="json", include=set(DatasetConfig.model_fields)),
             "tokenizer": asdict(self._tokenizer),
             "max_model_len": max_model_len,
@@ -82,7 +106,13 @@ class DatasetPreparer:
                 child.stdin.flush()
             while not select.select([child.stdout], [], [], CHECK_S)[0]:
                 check()
-            return self._read_answer(child.stdout, config.path)
+            line = child.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise self._died(config.path)
+            answer = json.loads(line)
+            if "error" in answer:
+                raise DataError(answer["error"])
+            yield answer, child.stdout
         except DataError:
             raise
         except BaseException:
@@ -121,13 +151,7 @@ class DatasetPreparer:
             )
         return self._child
 
-    def _read_answer(self, pipe: Any, path: str) -> TrainingData:
-        line = pipe.readline()
-        if not line.endswith(b"\n"):
-            raise self._died(path)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise DataError(answer["error"])
+    def _read_data(self, answer: dict[str, Any], pipe: Any, path: str) -> TrainingData:
         report = DataReport(**answer["report"])
         arrays: list[Any] = [np.empty(size, dtype) for size, dtype in array_layout(report)]
         for array in arrays:

@@ -7,7 +7,8 @@
                v  v
              cancelled
 
-A failed or cancelled job is queued again when the same job is submitted again.
+A queued job may also fail: it is looked over when a server starts. A failed or cancelled job is
+queued again when the same job is submitted again.
 """
 
 from enum import StrEnum
@@ -24,7 +25,7 @@ class JobStatus(StrEnum):
 
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.CANCELLED}),
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED}),
     JobStatus.RUNNING: frozenset(
         {JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
     ),

@@ -97,6 +97,24 @@ class JobStore:
             add_event(conn, job_id, "error", error)
             return get_job(conn, job_id)
 
+    def reject(self, job_id: str, error: str) -> bool:
+        """Fail a job that waits, before any engine took it. False if one has, or it has ended."""
+        with self._db.write() as conn:
+            job = get_job(conn, job_id)
+            if job.status != JobStatus.QUEUED:
+                return False
+            move(conn, job, JobStatus.FAILED, error=error, finished_at=time.time())
+            add_event(conn, job_id, "error", error)
+            return True
+
+    def forget_refusal(self, source: str, name: str | None) -> None:
+        """Drop what `refuse` kept for this source, under its own name or the job's."""
+        with self._db.write() as conn:
+            conn.execute(
+                "DELETE FROM jobs WHERE config IS NULL AND source = ?1 AND name IN (?1, ?2)",
+                (source, name),
+            )
+
     def get(self, id_or_name: str) -> JobRecord:
         """Raises KeyError if there is none. A name means its accepted job or last refusal."""
         rows = self._db.read(

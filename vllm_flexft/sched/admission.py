@@ -7,7 +7,7 @@ opened and before anything is trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class EngineLimits:
     activation_policy: ActivationPolicy
     memory_bytes: Callable[[], float]  # for all that a job allocates
     jobs_at_once: int  # that share `memory_gib`
+    rank_was_given: bool = False  # by the user; else it is what the jobs named at start need
 
     def job_memory(self, job: FinetuneJob) -> JobMemory:
         return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy)
@@ -114,6 +115,34 @@ class Admission:
         write_job_file(output_dir, job)
         return prepared
 
+    def review(
+        self, job: FinetuneJob, output_dir: Path, check: Callable[[], None] = lambda: None
+    ) -> Sequence[str]:
+        """Every mistake that shows without reading all of the data: a message each.
+
+        `check` as for `prepare`.
+        """
+
+        def look_at(dataset: DatasetConfig) -> None:
+            limit = self._limits.max_model_len
+            self.preparer.check_first_rows(dataset, max_model_len=limit, check=check)
+
+        looks: list[Callable[[], object]] = [
+            lambda: self._check_name(job.name),
+            lambda: self._check_peft(job.peft),
+            lambda: check_output_dir(output_dir),
+            lambda: look_at(job.dataset),
+        ]
+        if (validation := job.validation) is not None:
+            looks.append(lambda: look_at(validation))
+        mistakes: dict[str, None] = {}  # in order; dataset and validation may share one
+        for look in looks:
+            try:
+                look()
+            except (ValueError, OSError) as error:
+                mistakes[str(error)] = None
+        return tuple(mistakes)
+
     def _check_name(self, name: str) -> None:
         if name in self._reserved_names:
             raise ValueError(
@@ -125,11 +154,7 @@ class Admission:
         layers = target_layers(peft.layers_to_transform, self._limits.shape.num_layers)
         if peft.r > self._limits.max_lora_rank:
             enough = next(rank for rank in supported_ranks() if rank >= peft.r)
-            raise ValueError(
-                f"peft.r: {peft.r} is more than the --max-lora-rank {self._limits.max_lora_rank} "
-                f"that the server was started with; lower peft.r, or start it with "
-                f"--max-lora-rank {enough}"
-            )
+            raise ValueError(self._rank_message(peft.r, enough))
         if peft.init_adapter is not None:
             try:
                 _, config = read_adapter(Path(peft.init_adapter))
@@ -137,6 +162,19 @@ class Admission:
                 raise ValueError(f"peft.init_adapter: {error}") from None
             check_init_adapter(config, peft, peft.target_module_names, layers)
         return min(layers)
+
+    def _rank_message(self, rank: int, enough: int) -> str:
+        limit = self._limits.max_lora_rank
+        if self._limits.rank_was_given:
+            return (
+                f"peft.r: {rank} is more than the --max-lora-rank {limit} that the server was "
+                f"started with; lower peft.r, or start it with --max-lora-rank {enough}"
+            )
+        return (
+            f"peft.r: {rank} is more than {limit}, which this server's LoRA slots have room for: "
+            f"enough for the jobs named at its start, and at least 16; lower peft.r, name this job "
+            f"at the start as well, or start the server with --max-lora-rank {enough}"
+        )
 
     def _check_memory(self, job: FinetuneJob, longest: int) -> None:
         limits = self._limits

@@ -25,6 +25,7 @@ from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints
 from vllm_flexft.publish.final import read_final
 from vllm_flexft.publish.manifest import CheckpointError
 from vllm_flexft.sched.admission import Admission, EngineLimits
+from vllm_flexft.sched.intake import look_over, submit_named
 from vllm_flexft.sched.lease import LeaseKeeper
 from vllm_flexft.sched.leased_job import LeasedJob, end_job
 from vllm_flexft.sched.prepared import PreparedJob
@@ -60,6 +61,7 @@ class JobFeed(threading.Thread):
         self.retirement = Retirement()
         self._next_cancel_poll = 0.0
         self._unsettled = False  # a job may be leased that never reached the scheduler
+        self.named_jobs_are_in = threading.Event()
         self.failure: str | None = None  # why this thread ended before it was told to
 
     # ---- the scheduler's side
@@ -112,7 +114,7 @@ class JobFeed(threading.Thread):
             try:
                 self._store = JobStore(path)
                 self._owner = new_owner()
-                self._submit_configured_jobs()
+                self._named = submit_named(self._config, self._store, self._model_config.model)
             except (sqlite3.Error, OSError) as error:
                 logger.error(
                     "the finetuning queue %s cannot be opened: %s; trying again in %.0f s",
@@ -121,12 +123,14 @@ class JobFeed(threading.Thread):
                 self._stopping.wait(retry_s)
                 retry_s = min(2 * retry_s, MAX_RETRY_S)
             else:
+                self.named_jobs_are_in.set()
                 return True
         return False
 
     def _serve(self) -> None:
         self._lease = LeaseKeeper(self._store, self._owner)
         self._lease.start()
+        self._look_over_named_jobs()
         while not self._stopping.is_set():
             try:
                 self._tend_jobs(POLL_S)
@@ -155,18 +159,18 @@ class JobFeed(threading.Thread):
             self._next_cancel_poll = time.monotonic() + CANCEL_POLL_S
             self._look_for_cancellation()
 
-    def _submit_configured_jobs(self) -> None:
-        for entry in self._config.jobs:
-            job = entry.job
-            if job is None:
-                self._store.refuse(entry.source, entry.source, entry.error or "")
-                continue  # logged at start, by the process that read the file
-            try:
-                complete = job.with_output_dir(self._config.options)
-                self._store.submit(complete, model=self._model_config.model)
-            except ValueError as error:
-                logger.error("Finetune job %s is refused: %s", entry.source, error)
-                self._store.refuse(job.name, entry.source, str(error))
+    def _look_over_named_jobs(self) -> None:
+        def check() -> None:
+            if self._stopping.is_set():
+                raise _NotWantedError
+
+        model = self._model_config.model
+        try:
+            look_over(self._named, self._config, self._store, model, self._admission, check)
+        except _NotWantedError:
+            pass
+        except Exception:  # each is checked again when its turn comes
+            logger.exception("the jobs named at start could not be looked over")
 
     def _lease_next(self) -> None:
         if self._unsettled:

@@ -85,6 +85,7 @@ class CoServeMixin(_SchedulerBase):
             max_model_len=self.max_model_len,
             kv_tokens=self._lendable_blocks * self.block_size,
             max_lora_rank=self.lora_config.max_lora_rank,
+            rank_was_given=config.rank_was_given,
             shape=ModelShape.from_hf_config(self.vllm_config.model_config.hf_text_config),
             itemsize=self.vllm_config.model_config.dtype.itemsize,
             activation_policy=config.options.activation_policy,
@@ -102,6 +103,11 @@ class CoServeMixin(_SchedulerBase):
         end_with_parent()
         self._feed.wake = wake
         self._engine_running = is_running
+
+    @property
+    def named_jobs_are_in(self) -> bool:
+        """Whether the jobs named at start are in the store by now."""
+        return self._feed.named_jobs_are_in.is_set()
 
     @property
     def finetuning_failure(self) -> str | None:
