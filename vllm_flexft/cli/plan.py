@@ -6,17 +6,22 @@ No weights are loaded, so a 70B job can be sized on a laptop.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_flexft.cli.plan_data import plan_data
 from vllm_flexft.cli.plan_text import draw, render
 from vllm_flexft.cli.sizing import ITEMSIZE, measured_flops, plan_job
 from vllm_flexft.config import FinetuneJob
+from vllm_flexft.data.files import DataError
 from vllm_flexft.graph.families import family_of
 from vllm_flexft.graph.ops import ModelShape
 
 Number = TypeVar("Number", int, float)
+
+UNBOUNDED = 2**31  # positions, for a model whose config names no limit
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -37,7 +42,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ValueError or OSError with a message for the user."""
+    """1 for a job whose data would be refused.
+
+    Raises ValueError or OSError with a message for the user.
+    """
+    job = _job(arguments)
     config = _model_config(arguments.model)
     shape = ModelShape.from_hf_config(config)
     dtype = arguments.dtype or str(config.dtype or "bfloat16").removeprefix("torch.")
@@ -45,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"the model's dtype {dtype} is not supported; give --dtype {' or '.join(ITEMSIZE)}"
         )
-    job = _job(arguments)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and job.dataset.max_length > longest:
         raise ValueError(
@@ -59,10 +67,23 @@ def run(arguments: argparse.Namespace) -> int:
     print(render(plan, arguments.block_size, flops))
     if arguments.png is not None:
         draw(plan, arguments.png)
+    if arguments.job is None:
+        return 0
+    try:
+        data = plan_data(job, arguments.model, longest or UNBOUNDED)
+    except DataError as error:
+        print(f"flexft plan: the job would be refused: {error}", file=sys.stderr)
+        return 1
+    speed = None if flops is None else flops / plan.flops_per_token
+    print("", *data.lines(speed), sep="\n")
     return 0
 
 
 def _model_config(model: str) -> Any:
+    path = Path(model).expanduser()
+    if not path.exists() and (path.is_absolute() or model[0] in ".~" or model.count("/") > 1):
+        raise ValueError(f"{model}: no such folder; give a model folder, a config.json or an id")
+
     from transformers import AutoConfig
 
     try:
