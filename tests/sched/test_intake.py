@@ -87,7 +87,7 @@ def test_bad_jobs_are_refused_before_any_trains_and_good_ones_wait(
         "empty": "the dataset is empty",
         "columns": "no known format has these columns: q",
         "broken": "line 2, column",
-        "rank": "peft.r: 64 is more than 16",
+        "rank": "peft.r: 64 is more than the --max-lora-rank 16",
         "layers": "99",
         "long": "max_length 5000",
         "folder": "output_dir: .*good.jsonl is no folder",

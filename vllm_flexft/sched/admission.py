@@ -171,8 +171,8 @@ class Admission:
                 f"started with; lower peft.r, or start it with --max-lora-rank {enough}"
             )
         return (
-            f"peft.r: {rank} is more than {limit}, which this server's LoRA slots have room for: "
-            f"enough for the jobs named at its start, and at least 16; lower peft.r, name this job "
+            f"peft.r: {rank} is more than the --max-lora-rank {limit} that this server took, by "
+            f"itself, for the jobs named at its start (16 at least); lower peft.r, name this job "
             f"at the start as well, or start the server with --max-lora-rank {enough}"
         )
 
