@@ -13,6 +13,7 @@ import torch
 from harness.engine import CoServingEngine
 from harness.health import Health, health
 from harness.peft_reference import PeftTrainer, write_rows
+from harness.rooms import work_a_step
 from harness.traffic import Ask, Pump, lora_request, random_prompts, train
 from safetensors.torch import load_file
 
@@ -41,7 +42,7 @@ FATAL = {
         "vllm_flexft.sched.sequence_kv:KVLender.extend",
         "vllm_flexft.sched.sequence_kv:KVLender.block_ids",
         "vllm_flexft.sched.scheduler:CoServeMixin._append_chunks",
-        "vllm_flexft.sched.planner:Planner.budget",
+        "vllm_flexft.sched.pacer:Pacer.room",
     ],
     "begin": ["vllm_flexft.train.backward:MicroBatchBackward.__init__"],
     "forward": [
@@ -107,12 +108,7 @@ def faulty(point: str, at: int | None) -> Iterator[list[int]]:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps of the engine per optimizer step, the same in every run."""
-    from vllm_flexft.sched.planner import Planner
-
-    def budget(self: Planner, load: Any) -> float:
-        return 600.0
-
-    monkeypatch.setattr(Planner, "budget", budget)
+    work_a_step(monkeypatch, lambda: 600.0)
 
 
 @pytest.fixture(scope="module")

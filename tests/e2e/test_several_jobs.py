@@ -11,11 +11,10 @@ import torch
 from harness.engine import CoServingEngine
 from harness.health import health
 from harness.peft_reference import write_rows
+from harness.rooms import work_a_step
 from harness.run_state import metrics
 from harness.traffic import Ask, Pump, ended, random_prompts
 from safetensors.torch import load_file
-
-from vllm_flexft.sched.planner import Planner
 
 BLOCKS = 6  # of 128 tokens: not enough for two of the longest sequences
 ROWS = [(f"Count {i}. " * (6 + 9 * (i % 5)), f" It is {i}.") for i in range(20)]
@@ -174,7 +173,7 @@ def test_jobs_that_each_need_most_of_the_cache_do_not_wait_for_each_other(engine
 
 def test_training_is_shared_by_weight(engine, tmp_path, monkeypatch):
     """Where a step has less room than the jobs want, by three to one."""
-    monkeypatch.setattr(Planner, "budget", lambda self, load: 64.0)
+    work_a_step(monkeypatch, lambda: 64.0)
     long = {"training": {"max_steps": 100_000, "save_steps": 100_000}}
     steps: dict[str, int] = {}
 

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import sample_text
 import torch
+from harness import rooms
 from harness.engine import CoServingEngine
 from harness.peft_loop import DoublePeftTrainer, LoopResult, Row, train_loop
 from harness.peft_reference import PeftTrainer, tokenise, write_rows
 from harness.traffic import Ask, PlanLog, Pump, lora_request, random_prompts, train
 from safetensors.torch import load_file
-
-from vllm_flexft.sched.planner import Planner
 
 LOSS = 1e-4  # absolute, at every step
 ADAPTER = 1e-3  # |ours - theirs| / |theirs|, Frobenius, of each final A and B
@@ -34,9 +33,9 @@ def work_a_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], float
     the same requests at the same points every time."""
 
     def give(units: Callable[[], float]) -> None:
-        monkeypatch.setattr(Planner, "budget", lambda self, load: units())
+        rooms.work_a_step(monkeypatch, units)
 
-    give(lambda: 500.0)
+    give(lambda: 350.0)
     return give
 
 

@@ -266,7 +266,8 @@ def tokens_of(case: Case, tokenizer: Any) -> list[tuple[list, list]]:
 @contextlib.contextmanager
 def _cut_up(case: Case) -> Iterator[None]:
     """Make the engine cut its work as the case says, where it would choose by load and size."""
-    from vllm_flexft.sched import planner, run, scheduler
+    from harness.rooms import work_a_step
+    from vllm_flexft.sched import run, scheduler
     from vllm_flexft.train.trainer import Trainer
 
     budgets = itertools.cycle(case.budgets)
@@ -286,7 +287,7 @@ def _cut_up(case: Case) -> Iterator[None]:
         patch.setattr(scheduler, "WINDOW", case.window)
         patch.setattr(scheduler, "MIN_LANE_TOKENS", case.lane_tokens)
         patch.setattr(run, "MIN_CHUNK", case.min_chunk)
-        patch.setattr(planner.Planner, "budget", lambda _self, _load: next(budgets))
+        work_a_step(patch, lambda: next(budgets))
         patch.setattr(Trainer, "_plan_memory", plan_memory)
         yield
 

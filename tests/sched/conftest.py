@@ -7,34 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from harness.training_data import training_data
 from make_model import make_tokenizer
 
 from vllm_flexft.config import FinetuneJob
-from vllm_flexft.data.dataset import DataReport, TrainingData
 from vllm_flexft.data.order import BatchOrder
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.prepared import PreparedJob
 
 BLOCK = 16
-
-
-def training_data(lengths: list[int]) -> TrainingData:
-    """Token t of sequence i is 1000 i + t; the second half of each sequence is supervised."""
-    ids = [np.arange(1000 * i, 1000 * i + n, dtype=np.int32) for i, n in enumerate(lengths)]
-    masks = [np.arange(n) >= max(1, n // 2) for n in lengths]
-    report = DataReport(
-        rows=len(lengths), sequences=len(lengths), truncated=0, dropped_overlong=0,
-        dropped_no_target=0, tokens=sum(lengths), targets=int(sum(m.sum() for m in masks)),
-        max_length=max(lengths),
-    )  # fmt: skip
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TrainingData(
-        np.concatenate(ids), np.concatenate(masks), offsets, np.arange(len(lengths)), report
-    )
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from harness.rooms import unit_room
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,8 @@ from vllm_flexft.plan import EvaluationLoss, MicroBatch, StepPlan, StepResult, W
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EvalRecord, StepRecord
-from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
+from vllm_flexft.sched.room import Limits, PlannedWork, Room
+from vllm_flexft.sched.run import FinetuneRun
 from vllm_flexft.sched.sequence_kv import KVLender
 
 LAYERS, WINDOW, LANE, MAX_ROWS, BLOCK = 3, 32, 128, 4, 16
@@ -52,14 +54,14 @@ class BookKeeper:
             self.batches[batch.id] = batch
             self.filled[batch.id], self.slices[batch.id] = set(), 0
         by_lane = {batch.lane: batch for batch in self.batches.values()}
-        for chunk, (prompt, computed, block_ids) in zip(plan.chunks, work.prompts, strict=True):
+        for chunk, prompt in zip(plan.chunks, work.prompts, strict=True):
             batch = by_lane[chunk.lane]
-            end = computed + chunk.num_tokens
-            assert len(prompt) == end + 1, "a chunk must look like part of a longer prompt"
-            lane_row = chunk.row - computed
+            end = prompt.num_computed + chunk.num_tokens
+            assert len(prompt.token_ids) == end + 1, "must look like part of a longer prompt"
+            lane_row = chunk.row - prompt.num_computed
             assert lane_row in batch.offsets
-            assert prompt[:end] == batch.token_ids[lane_row : lane_row + end].tolist()
-            assert len(block_ids[0]) >= -(-end // BLOCK)
+            assert (prompt.token_ids[:end] == batch.token_ids[lane_row : lane_row + end]).all()
+            assert len(prompt.block_ids[0]) >= -(-end // BLOCK)
             self.filled[batch.id].update(range(chunk.row, chunk.row + chunk.num_tokens))
         evaluated = []
         for part in plan.backward:
@@ -108,7 +110,7 @@ def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:
         activation_policy="fast",
         memory_bytes=1e9,
     )
-    return FinetuneRun(prepared, limits, COSTS, "model", 7)
+    return FinetuneRun(prepared, limits, LAYERS, "model", 7)
 
 
 def drive(
@@ -127,7 +129,7 @@ def drive(
         before_step(step)
         given_room = room(step)
         tokens, rows = given_room.tokens, given_room.rows
-        units, idle = given_room.units, given_room.idle
+        units, idle = given_room.seconds, given_room.idle
         planned = run.plan(given_room, lender)
         if planned is not None:
             plan, work = planned
@@ -143,7 +145,7 @@ def drive(
 
 
 def plenty(step: int) -> Room:
-    return Room(units=1e9, tokens=512, rows=8, idle=True)
+    return unit_room(1e9, tokens=512, rows=8, idle=True, costs=COSTS)
 
 
 lengths = st.lists(st.integers(2, 100), min_size=1, max_size=10)
@@ -179,7 +181,7 @@ def test_every_step_trains_on_its_rows_once_whatever_the_load(
         units, tokens, rows, idle = rooms[step % len(rooms)]
         if step % 7 == 6:  # progress must be possible
             return plenty(step)
-        return Room(units, tokens, rows, idle)
+        return unit_room(units, tokens=tokens, rows=rows, idle=idle, costs=COSTS)
 
     records = drive(run, keeper, lender, room, release, delay)
 
@@ -227,10 +229,10 @@ def test_no_room_means_no_plan(prepare: Any, make_manager: Any) -> None:
     run, lender = new_run(prepare([20])), KVLender(make_manager(64), 0)
     run.plan(plenty(0), lender)
     run.on_result(StepResult("job", opened=True))
-    assert run.plan(Room(units=0.0, tokens=512, rows=8, idle=False), lender) is None
-    assert run.plan(Room(units=1e9, tokens=0, rows=8, idle=False), lender) is None
-    assert run.plan(Room(units=1e9, tokens=512, rows=0, idle=False), lender) is None
-    assert run.plan(Room(units=1e9, tokens=512, rows=8, idle=False), lender) is not None
+    assert run.plan(unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender) is None
+    assert run.plan(unit_room(1e9, tokens=0, rows=8, idle=False, costs=COSTS), lender) is None
+    assert run.plan(unit_room(1e9, tokens=512, rows=0, idle=False, costs=COSTS), lender) is None
+    assert run.plan(unit_room(1e9, tokens=512, rows=8, idle=False, costs=COSTS), lender) is not None
 
 
 def test_nothing_is_planned_before_the_job_is_open(prepare: Any, make_manager: Any) -> None:
@@ -251,7 +253,7 @@ def test_release_takes_blocks_of_the_youngest_micro_batch_first(
     plan = run.plan(plenty(0), lender)
     assert plan is not None
     run.on_result(keeper.run(*plan))
-    plan = run.plan(Room(units=100, tokens=512, rows=8, idle=False), lender)
+    plan = run.plan(unit_room(100, tokens=512, rows=8, idle=False, costs=COSTS), lender)
     assert plan is not None
     held = 64 - manager.block_pool.get_num_free_blocks()
     assert held == 7  # 100 tokens

@@ -6,7 +6,7 @@ from vllm_flexft.sched.sequence_kv import KV_ID_PREFIX, KVLender, SequenceKV
 
 
 def sequence(number: int, tokens: int) -> SequenceKV:
-    return SequenceKV(f"{KV_ID_PREFIX}{number}", list(range(tokens)))
+    return SequenceKV(f"{KV_ID_PREFIX}{number}", tokens)
 
 
 def test_blocks_are_lent_as_a_sequence_grows_and_come_back_whole(make_manager: Any) -> None:

@@ -30,9 +30,21 @@ class ServerOptions(Section):
     ttft_ms: float | None = Field(
         None, gt=0, description="null (5000), or milliseconds > 0 to the first token"
     )
+    min_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="a number from 0 (finetuning only gets what the objectives leave) to below 1: "
+        "the part of a busy step's time that finetuning gets in any case",
+    )
     state_dir: FilePath = Field(
         default_factory=_default_state_dir,
         description="the folder of the job store and of default outputs",
+    )
+    step_trace: FilePath | None = Field(
+        None,
+        description="null, or a .jsonl or .csv file that is written when the server stops: a line "
+        "for each of the last 65536 steps",
     )
     memory_gib: float | None = Field(
         None, gt=0, description="null (what the engine leaves free), or GiB > 0"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_flexft.data.dataset import TrainingSequence
 from vllm_flexft.graph.grid import BackwardGrid
@@ -16,12 +18,12 @@ from vllm_flexft.sched.sequence_kv import KV_ID_PREFIX, KVLender, SequenceKV
 @dataclass(slots=True)
 class ScheduledSequence:
     row: int  # first row in the lane
-    token_ids: list[int]
+    num_tokens: int
     kv: SequenceKV
 
     @property
     def remaining(self) -> int:
-        return len(self.token_ids) - self.kv.num_tokens
+        return self.num_tokens - self.kv.num_tokens
 
 
 class ScheduledMicroBatch:
@@ -41,11 +43,14 @@ class ScheduledMicroBatch:
     ) -> None:
         self.step, self.lane = step, lane
         lengths = [len(s.token_ids) for s in sequences]
-        offsets = tuple(int(x) for x in np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = (0, *itertools.accumulate(lengths))
+        # The last one is read as the token after a chunk that ends the last sequence.
+        self._token_ids = np.zeros(offsets[-1] + 1, dtype=np.int32)
+        np.concatenate([s.token_ids for s in sequences], out=self._token_ids[:-1])
         self.spec = MicroBatch(
             id=batch_id,
             lane=lane,
-            token_ids=np.concatenate([s.token_ids for s in sequences]),
+            token_ids=self._token_ids[:-1],
             supervised=np.concatenate([s.supervised for s in sequences]),
             offsets=offsets,
             loss_scale=loss_scale,
@@ -58,13 +63,14 @@ class ScheduledMicroBatch:
             num_layers=num_layers,
             lowest_layer=lowest if train else num_layers,
         )
+        self.cumulative = slice_amounts(self.grid, self.spec)
         self.sequences = [
             ScheduledSequence(
                 row=offset,
-                token_ids=s.token_ids.tolist(),
-                kv=SequenceKV(f"{KV_ID_PREFIX}{kv_prefix}{batch_id}-{i}", s.token_ids.tolist()),
+                num_tokens=length,
+                kv=SequenceKV(f"{KV_ID_PREFIX}{kv_prefix}{batch_id}-{i}", length),
             )
-            for i, (offset, s) in enumerate(zip(offsets, sequences, strict=False))
+            for i, (offset, length) in enumerate(zip(offsets, lengths, strict=False))
         ]
         self.slices_done = 0
         self.begun = False  # the worker knows it
@@ -81,6 +87,11 @@ class ScheduledMicroBatch:
     def unforwarded(self) -> Iterator[ScheduledSequence]:
         return (s for s in self.sequences if s.remaining)
 
+    def prompt(self, sequence: ScheduledSequence, stop: int) -> npt.NDArray[np.int32]:
+        """The sequence's first `stop` tokens and, unread, one more: vLLM then takes a chunk up to
+        `stop` for a part of a longer prompt and samples nothing for it."""
+        return self._token_ids[sequence.row : sequence.row + stop + 1]
+
     def block_ids(self, lender: KVLender) -> tuple[tuple[list[int], ...], ...]:
         return tuple(lender.block_ids(s.kv) for s in self.sequences)
 
@@ -95,3 +106,21 @@ class ScheduledMicroBatch:
             lender.free(sequence.kv)
         self.located = False
         return held
+
+
+def slice_amounts(grid: BackwardGrid, batch: MicroBatch) -> npt.NDArray[np.float64]:
+    """What the slices before each one hold, (slices + 1, 3): rows of the loss, tokens x layers,
+    keys attended x layers. In the order in which the grid runs them."""
+    starts = np.arange(0, grid.num_tokens, grid.window)
+    rows = np.zeros(grid.num_tokens)
+    rows[:-1] = batch.supervised[1:]  # row t predicts token t + 1
+    lengths = np.diff(batch.offsets)
+    attended = np.arange(1.0, grid.num_tokens + 1) - np.repeat(batch.offsets[:-1], lengths)
+    per_window = np.add.reduceat(
+        np.stack([rows, np.ones(grid.num_tokens), attended], axis=1), starts
+    )[::-1]
+    amounts = np.zeros((grid.num_slices + 1, 3))
+    stages = amounts[1:].reshape(-1, grid.num_windows, 3)
+    stages[0, :, 0] = per_window[:, 0]
+    stages[1:, :, 1:] = per_window[:, 1:]
+    return np.cumsum(amounts, axis=0, out=amounts)

@@ -1,89 +1,119 @@
-"""How much finetune work fits this step: slack under the latency objective.
+"""How much time finetuning may take of a step: what inference leaves of its latency objectives.
 
-Two numbers are learnt online, as exponential moving averages: the time of a step without finetune
-work, by the number of inference tokens in it, and the seconds that one unit of finetune work adds
-(see costs.py), where a step counts by its units, since a little work is hardly seen in a step's
-time. The budget of a step with inference in it is what is left of the TPOT objective;
-without any, a step is bounded by the part of the TTFT objective that a new arrival may wait.
+A pure function of the step's inference load, the objectives, the latency model, and the time that
+earlier steps saved.
+
+- Requests in the step: the upper bound of its predicted time, finetuning included, stays below the
+  TPOT objective. What a step leaves unused is credit for later ones, up to `CREDIT_SHARE` of the
+  objective: TPOT is a mean over a request's tokens, and a piece of work that cannot be cut (a
+  backward slice, an update, a snapshot) may be longer than the room of any one step. Over any run
+  of steps the bounds still sum up to no more than the objective a step and that share.
+- No requests: a new arrival waits for the running step, so it is bounded by a part of the TTFT
+  objective.
+- Requests that could run are waiting for a place: nothing.
+
+`min_share` of the time goes to finetuning in any case, where the operator asked for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_flexft.sched.latency import NUM_FEATURES, Feature, LatencyModel, Vector
 
 DEFAULT_TPOT_MS = 50.0
 DEFAULT_TTFT_MS = 5000.0
-TPOT_MARGIN = 0.8  # plan for this part of the objective; the rest absorbs prediction error
+TPOT_MARGIN = 0.9  # of the objective; the rest is what a token spends outside the engine's step
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
-SMOOTHING = 0.2
-MIN_UNIT_S = 1e-9  # keeps a budget finite, whatever was measured
-PROBE_UNITS = 16.0  # of a loaded step before a unit's cost is known: small, to learn it
+CREDIT_SHARE = 0.5  # of the TPOT objective: no step is longer than 1.5 times it
+MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """What vLLM scheduled for inference in this step."""
 
-    num_tokens: int
-    num_running: int
-    num_waiting: int
+    decode_rows: int = 0  # requests that compute one token
+    prefill_tokens: int = 0
+    context: int = 0  # keys attended, summed over tokens
+    num_waiting: int = 0  # requests that could run but found no place
+
+    @property
+    def num_tokens(self) -> int:
+        return self.decode_rows + self.prefill_tokens
+
+    def features(self) -> Vector:
+        features = np.zeros(NUM_FEATURES)
+        if self.num_tokens:
+            features[Feature.STEP] = 1.0
+            features[Feature.DECODE] = self.decode_rows
+            features[Feature.PREFILL] = self.prefill_tokens
+            features[Feature.CONTEXT] = self.context
+        return features
 
 
-@dataclass(slots=True)
-class Planner:
-    tpot_s: float
-    ttft_s: float
-    unit_s: float | None = None  # seconds a unit of finetune work
-    token_s: float | None = None  # seconds of an inference-only step, per token of it
-    base_s: float = 0.0
-    _idle_units: float = field(default=256.0, init=False)
-    _work_s: float = field(default=0.0, init=False)  # decaying sums behind unit_s
-    _work_units: float = field(default=0.0, init=False)
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    tpot_s: float = DEFAULT_TPOT_MS / 1e3
+    ttft_s: float = DEFAULT_TTFT_MS / 1e3
+    min_share: float = 0.0  # of a loaded step's time, for finetuning, whatever the objectives
 
     @classmethod
-    def for_objectives(cls, tpot_ms: float | None, ttft_ms: float | None) -> Planner:
-        return cls(
-            tpot_s=(tpot_ms or DEFAULT_TPOT_MS) / 1e3, ttft_s=(ttft_ms or DEFAULT_TTFT_MS) / 1e3
-        )
+    def of(cls, tpot_ms: float | None, ttft_ms: float | None, min_share: float = 0.0) -> Objectives:
+        tpot, ttft = tpot_ms or DEFAULT_TPOT_MS, ttft_ms or DEFAULT_TTFT_MS
+        return cls(tpot / 1e3, ttft / 1e3, min_share)
 
-    def set_objectives(self, tpot_ms: float, ttft_ms: float) -> None:
-        self.tpot_s, self.ttft_s = tpot_ms / 1e3, ttft_ms / 1e3
-
-    def budget(self, load: StepLoad) -> float:
-        """Units of finetune work for this step; infinite never, zero when inference needs all."""
-        if load.num_tokens == 0:
-            if load.num_waiting:
-                return 0.0  # waiting and nothing scheduled: memory is short
-            if self.unit_s is None:
-                return self._idle_units
-            return max(1.0, TTFT_SHARE * self.ttft_s / self.unit_s)
-        slack = TPOT_MARGIN * self.tpot_s - self.predict(load)
-        if load.num_waiting or slack <= 0:
-            return 0.0
-        return PROBE_UNITS if self.unit_s is None else slack / self.unit_s
-
-    def predict(self, load: StepLoad) -> float:
-        """Seconds of this step without finetune work."""
-        if load.num_tokens == 0:
-            return 0.0
-        return (self.token_s or 0.0) * load.num_tokens + self.base_s
-
-    def observe(self, load: StepLoad, units: float, seconds: float) -> None:
-        """Learn from a finished step."""
-        if units == 0.0:
-            if load.num_tokens == 0:
-                return
-            # A decode step's time hardly depends on its few tokens: keep it as the base.
-            if load.num_tokens <= load.num_running:
-                self.base_s = _average(self.base_s or None, seconds)
-            else:
-                extra = max(0.0, seconds - self.base_s) / load.num_tokens
-                self.token_s = _average(self.token_s, extra)
-            return
-        self._work_s = (1 - SMOOTHING) * self._work_s + max(0.0, seconds - self.predict(load))
-        self._work_units = (1 - SMOOTHING) * self._work_units + units
-        self.unit_s = max(MIN_UNIT_S, self._work_s / self._work_units)
+    @property
+    def max_credit_s(self) -> float:
+        saved = CREDIT_SHARE * self.tpot_s
+        return max(saved, MIN_SHARE_CREDIT_S) if self.min_share else saved
 
 
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Of one step, in seconds."""
+
+    seconds: float  # that finetuning may add, by the upper bound of its cost
+    credit: float  # more, for one piece of work that cannot be cut, if nothing else is done
+    limit: float  # what the step may take in all
+    predicted: float  # of inference alone
+    bound: float  # of inference alone, upper
+    idle: bool  # no inference: one piece of work may exceed `seconds`
+    reason: str = ""  # why there is nothing, where there is nothing
+
+
+def allow(
+    load: StepLoad, objectives: Objectives, model: LatencyModel, credit: float = 0.0
+) -> Budget:
+    """`credit`: seconds that `carry` returned after the step before."""
+    if load.num_tokens == 0:
+        limit = TTFT_SHARE * objectives.ttft_s
+        if load.num_waiting:
+            return Budget(0.0, 0.0, limit, 0.0, 0.0, False, "requests wait for memory")
+        return Budget(limit, 0.0, limit, 0.0, 0.0, True)
+    predicted, bound = model.predict(load.features())
+    limit = TPOT_MARGIN * objectives.tpot_s
+    share = objectives.min_share
+    floor = predicted * share / (1.0 - share) if share else 0.0
+    if load.num_waiting:
+        slack, credit, reason = 0.0, credit if share else 0.0, "requests wait for a place"
+    else:
+        slack, reason = limit - bound, "inference needs all of the TPOT objective"
+    seconds = max(slack, floor, 0.0)
+    if seconds > 0.0:
+        reason = ""
+    else:
+        credit = 0.0
+    return Budget(seconds, credit, limit, predicted, bound, False, reason)
+
+
+def carry(budget: Budget, objectives: Objectives, credit: float, spent: float) -> float:
+    """The credit after a step that spent so many seconds of `budget`."""
+    if budget.idle or budget.predicted == 0.0:
+        return 0.0
+    if budget.seconds == 0.0:
+        # Inference alone was over its objective: what was saved before made up for it.
+        return max(0.0, credit + min(0.0, budget.limit - budget.bound))
+    return min(max(0.0, credit + budget.seconds - spent), objectives.max_credit_s)

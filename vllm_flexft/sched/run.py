@@ -8,12 +8,10 @@ waits for the worker: progress is what was planned.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 
-from vllm_flexft.config import ActivationPolicy, FinetuneJob
-from vllm_flexft.data.dataset import TrainingData, TrainingSequence
+from vllm_flexft.config import FinetuneJob
 from vllm_flexft.plan import (
     BackwardSlices,
     Chunk,
@@ -23,67 +21,24 @@ from vllm_flexft.plan import (
     StepPlan,
     StepResult,
 )
-from vllm_flexft.plan import MicroBatch as MicroBatchSpec
-from vllm_flexft.sched.costs import UnitCosts
+from vllm_flexft.sched.grouping import MicroBatchQueue
+from vllm_flexft.sched.latency import Feature
 from vllm_flexft.sched.micro_batch import ScheduledMicroBatch
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import Record, RunProgress
+from vllm_flexft.sched.room import ChunkPrompt, Limits, PlannedWork, Room
 from vllm_flexft.sched.sequence_kv import KVLender
 
 MIN_CHUNK = 16  # tokens; a smaller one costs more in overhead than it moves
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a job may take of the engine."""
-
-    window: int
-    lane_tokens: int
-    num_lanes: int
-    max_rows: int  # sequences with chunks in one batch
-    lowest_layer: int
-    kv_blocks: int  # of each KV-cache group, that a micro-batch of several sequences may hold
-    block_size: int  # tokens
-    activation_policy: ActivationPolicy
-    memory_bytes: float  # for all that training allocates
-
-
-@dataclass(slots=True)
-class Room:
-    """What is left of a step after inference; `plan` draws it down."""
-
-    units: float
-    tokens: int  # of vLLM's token budget
-    rows: int  # of vLLM's request slots
-    idle: bool  # no inference in this step: one piece of work may exceed `units`
-    sole_job: bool = True  # no other job has work for this step
-    may_begin: bool = True  # a micro-batch: not while a job before this one waits for blocks
-    spent: float = 0.0
-
-    def take(self, cost: float) -> None:
-        self.units -= cost
-        self.spent += cost
-
-
-@dataclass(slots=True)
-class PlannedWork:
-    """A step plan under construction, with the tokens behind its chunks."""
-
-    begin: list[MicroBatchSpec] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    prompts: list[tuple[list[int], int, tuple[list[int], ...]]] = field(default_factory=list)
-    backward: list[BackwardSlices] = field(default_factory=list)
-    optimizer_step: OptimizerStep | None = None
-    save: SaveRequest | None = None
-    refused_blocks: bool = False
+GOOD_CHUNK = 64  # tokens; fewer are left for a later step when this one has other work
 
 
 class FinetuneRun:
     def __init__(
-        self, prepared: PreparedJob, limits: Limits, costs: UnitCosts, base_model: str, lora_id: int
+        self, prepared: PreparedJob, limits: Limits, num_layers: int, base_model: str, lora_id: int
     ) -> None:
-        self.prepared, self.limits, self.costs = prepared, limits, costs
-        self.lora_id, self._base_model = lora_id, base_model
+        self.prepared, self.limits = prepared, limits
+        self.lora_id, self._base_model, self._num_layers = lora_id, base_model, num_layers
         self.step = prepared.resume_step  # optimizer steps planned so far
         self.counters = prepared.counters
         self.progress = RunProgress(
@@ -94,7 +49,7 @@ class FinetuneRun:
         self._opened = self._open_sent = False
         self._next_id = 0
         self._chunk_id = 0
-        self._queue: deque[list[TrainingSequence]] = deque()  # micro-batches not yet begun
+        self._queue = MicroBatchQueue((), limits)  # micro-batches not yet begun
         self._loss_scale = 0.0
         self._step_input_tokens = 0
         self._active: list[ScheduledMicroBatch] = []
@@ -137,11 +92,10 @@ class FinetuneRun:
             return self._open(work)
         # The worker updates and saves once a step, last: what comes after them is for later plans.
         while work.optimizer_step is None and work.save is None:
-            if room.units <= 0 or not self._advance(work, room, lender, reclaim):
+            if room.seconds <= 0 or not self._advance(work, room, lender, reclaim):
                 break
-        idle = not (work.chunks or work.backward or work.optimizer_step or work.save)
-        self.short_of_blocks = idle and work.refused_blocks
-        if idle and not self.waiting_for_writer:
+        self.short_of_blocks = work.empty and work.refused_blocks
+        if work.empty and not self.waiting_for_writer:
             return None
         plan = StepPlan(
             job_id=self.job_id,
@@ -165,40 +119,44 @@ class FinetuneRun:
     def _advance(
         self, work: PlannedWork, room: Room, lender: KVLender, reclaim: Callable[[], bool]
     ) -> bool:
-        """Plan one piece: slices of the oldest micro-batch that can run, else chunks, else begin
-        the next micro-batch, else close the optimizer step. False when nothing more fits."""
-        for batch in self._active:
-            if batch.forwarded:
-                return self._plan_slices(batch, work, room, lender)
-            # In order: a later micro-batch must not starve this one of memory.
-            return self._plan_chunks(batch, work, room, lender, reclaim)
-        if self._queue:
-            return room.may_begin and self._begin_next(work)
-        return self._close_phase(work)
+        """Plan what fits now: slices of the oldest micro-batch, then, with what they leave, chunks
+        of the next one to go forward; when there is none of either, what closes the optimizer
+        step. False when nothing more fits.
+
+        Neither can starve the other: slices wait for the forward of their own micro-batch, and
+        chunks run out of lanes. In order, since the slices' order is that of summation, and a
+        later micro-batch must not take the memory that an earlier one needs.
+        """
+        progress = False
+        if self._active and self._active[0].forwarded:
+            progress = self._plan_slices(self._active[0], work, room, lender)
+        batch = next((batch for batch in self._active if not batch.forwarded), None)
+        if batch is None and self._queue and room.may_begin:
+            batch = self._begin_next()
+        if batch is not None:
+            progress = self._plan_chunks(batch, work, room, lender, reclaim) or progress
+        if self._active or self._queue:
+            return progress
+        return self._close_phase(work, room) or progress
 
     def _plan_slices(
         self, batch: ScheduledMicroBatch, work: PlannedWork, room: Room, lender: KVLender
     ) -> bool:
-        count = 0
-        while batch.slices_done < batch.grid.num_slices:
-            part = batch.grid.slice(batch.slices_done)
-            tokens = part.stop - part.start
-            top = part.stage == batch.grid.num_layers
-            cost = self.costs.loss_slice(tokens) if top else self.costs.layer_slice(tokens)
-            if cost > room.units and not (room.idle and room.spent == 0):
-                break
-            room.take(cost)
-            batch.slices_done += 1
-            count += 1
+        count = room.fit_slices(batch.cumulative, batch.slices_done)
         if not count:
             return False
+        batch.slices_done += count
         located, batch.located = batch.located, True
-        block_ids = None if located else batch.block_ids(lender)
-        work.backward.append(BackwardSlices(batch.spec.id, count, block_ids))
+        if located and work.backward and work.backward[-1].micro_batch == batch.spec.id:
+            last = work.backward[-1]
+            work.backward[-1] = replace(last, count=last.count + count)
+        else:
+            block_ids = None if located else batch.block_ids(lender)
+            work.backward.append(BackwardSlices(batch.spec.id, count, block_ids))
         if batch.finished:
             self._active.remove(batch)
             self._retired.append(batch)
-        return batch.finished
+        return True
 
     def _plan_chunks(
         self,
@@ -210,19 +168,18 @@ class FinetuneRun:
     ) -> bool:
         planned = False
         for sequence in batch.unforwarded():
-            rows = min(room.rows, self.limits.max_rows - len(work.chunks))
-            tokens = min(sequence.remaining, room.tokens, int(room.units))
-            smallest = min(MIN_CHUNK, sequence.remaining)
-            if room.idle and room.spent == 0:
-                tokens = min(max(tokens, smallest), room.tokens)
-            if rows <= 0 or tokens < smallest:
-                break
             start = sequence.kv.num_tokens
+            # Beside other work a chunk must be worth its overhead; alone it is better than nothing.
+            smallest = MIN_CHUNK if work.empty else GOOD_CHUNK
+            tokens = room.fit_chunk(start, sequence.remaining, smallest)
+            if not tokens or len(work.chunks) >= self.limits.max_rows:
+                break
             while not (extended := lender.extend(sequence.kv, tokens)):
                 if not reclaim():
                     break
             if not extended:
                 work.refused_blocks = True
+                room.lacking = "no KV-cache blocks are free"
                 break
             if not batch.begun:
                 batch.begun = True
@@ -236,39 +193,39 @@ class FinetuneRun:
                     num_tokens=tokens,
                 )
             )
-            # One token more than is computed: vLLM then takes the chunk for a part of a longer
-            # prompt and samples nothing for it.
-            prompt = [*sequence.token_ids[: start + tokens], sequence.token_ids[-1]]
-            work.prompts.append((prompt, start, lender.block_ids(sequence.kv)))
-            room.tokens -= tokens
-            room.rows -= 1
-            room.take(tokens)
+            work.prompts.append(
+                ChunkPrompt(
+                    token_ids=batch.prompt(sequence, start + tokens),
+                    num_computed=start,
+                    block_ids=lender.block_ids(sequence.kv),
+                )
+            )
+            room.take_chunk(start, tokens)
             planned = True
         return planned
 
-    def _begin_next(self, work: PlannedWork) -> bool:
-        """A lane is free again only in the step after its last slices were planned: in the step
-        itself the forward runs before the slices."""
+    def _begin_next(self) -> ScheduledMicroBatch | None:
+        """None without a free lane: it is free again only in the step after its last slices were
+        planned, since in the step itself the forward runs before the slices."""
         used = {batch.lane for batch in (*self._active, *self._retired)}
         lane = next((i for i in range(self.limits.num_lanes) if i not in used), None)
         if lane is None:
-            return False
+            return None
         self._next_id += 1
         if self._evaluating:
             self.progress.eval_batch_planned(self._next_id)
-        self._active.append(
-            ScheduledMicroBatch(
-                self._next_id,
-                self._queue.popleft(),
-                step=self.step,
-                lane=lane,
-                loss_scale=self._loss_scale,
-                train=not self._evaluating,
-                kv_prefix=f"{self.lora_id}-",
-                grid_of=(self.limits.window, self.costs.num_layers, self.limits.lowest_layer),
-            )
+        batch = ScheduledMicroBatch(
+            self._next_id,
+            self._queue.pop(),
+            step=self.step,
+            lane=lane,
+            loss_scale=self._loss_scale,
+            train=not self._evaluating,
+            kv_prefix=f"{self.lora_id}-",
+            grid_of=(self.limits.window, self._num_layers, self.limits.lowest_layer),
         )
-        return True
+        self._active.append(batch)
+        return batch
 
     # ---- optimizer steps and what follows them
 
@@ -287,36 +244,20 @@ class FinetuneRun:
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
         epoch = self.prepared.order.epoch(self.step + 1)
         self.progress.step_planned(self.step, epoch, rate, tokens)
-        self._queue = self._micro_batches(sequences)
+        self._queue = MicroBatchQueue(sequences, self.limits)
 
-    def _micro_batches(
-        self, sequences: Iterable[TrainingSequence]
-    ) -> deque[list[TrainingSequence]]:
-        """Consecutive sequences, as many as fit a lane and the micro-batch's part of the KV cache;
-        a sequence that is too long for that part goes alone."""
-        groups: deque[list[TrainingSequence]] = deque()
-        limits, room, blocks = self.limits, 0, 0
-        for sequence in sequences:
-            length = len(sequence.token_ids)
-            need = -(-length // limits.block_size)
-            if length > room or need > blocks or len(groups[-1]) >= limits.max_rows:
-                groups.append([])
-                room, blocks = limits.lane_tokens, limits.kv_blocks
-            groups[-1].append(sequence)
-            room -= length
-            blocks -= need
-        return groups
-
-    def _close_phase(self, work: PlannedWork) -> bool:
+    def _close_phase(self, work: PlannedWork, room: Room) -> bool:
         """All micro-batches of the phase are planned: update, evaluate, save, go on."""
         if self._evaluating:
             if self.progress.evaluating:
                 return False  # the one place that awaits results: early stopping decides on them
             self._evaluating = False
-            return self._finish_step(work)
+            return self._finish_step(work, room)
         if self._after_update:
-            return self._finish_step(work)
+            return self._finish_step(work, room)
         if self.waiting_for_writer:
+            return False
+        if not room.fit_parameters(Feature.UPDATE, self.limits.adapter_parameters):
             return False
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
         work.optimizer_step = OptimizerStep(
@@ -331,12 +272,14 @@ class FinetuneRun:
         self._after_update = True
         if self._evaluation_due():
             self._evaluating = True
-            assert self.prepared.validation is not None
-            rows = list(_all(self.prepared.validation))
-            self._queue = self._micro_batches(rows)
-            self.progress.evaluation_planned(self.step, sum(s.num_targets for s in rows))
+            validation = self.prepared.validation
+            assert validation is not None
+            self._queue = MicroBatchQueue(
+                (validation[i] for i in range(len(validation))), self.limits
+            )
+            self.progress.evaluation_planned(self.step, validation.report.targets)
             return True
-        return self._finish_step(work)
+        return self._finish_step(work, room)
 
     def _evaluation_due(self) -> bool:
         validation = self.job.validation
@@ -344,10 +287,13 @@ class FinetuneRun:
             return False
         return self.step % validation.every_steps == 0 or self.step >= self.total_steps
 
-    def _finish_step(self, work: PlannedWork) -> bool:
-        self._after_update = False
+    def _finish_step(self, work: PlannedWork, room: Room) -> bool:
         final = self.step >= self.total_steps or self.progress.out_of_patience
-        if final or self.step % self.job.training.save_steps == 0:
+        save = final or self.step % self.job.training.save_steps == 0
+        if save and not room.fit_parameters(Feature.SAVE, self.limits.adapter_parameters):
+            return False
+        self._after_update = False
+        if save:
             work.save = SaveRequest(
                 step=self.step,
                 counters=self.counters.as_dict(),
@@ -381,7 +327,3 @@ class FinetuneRun:
             resume_from=str(prepared.resume_from) if prepared.resume_from else None,
         )
         return StepPlan(job_id=self.job_id, open_job=setup), work
-
-
-def _all(data: TrainingData) -> Iterable[TrainingSequence]:
-    return (data[i] for i in range(len(data)))

@@ -8,33 +8,43 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
 from vllm_flexft.config import SLOConfig
+from vllm_flexft.config.peft import PeftConfig
+from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.job_memory import Lanes
+from vllm_flexft.graph.memory import adapter_parameters
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.feed import JobFeed
+from vllm_flexft.sched.latency import LatencyModel
+from vllm_flexft.sched.latency_file import latency_file
 from vllm_flexft.sched.orphan import end_with_parent
-from vllm_flexft.sched.planner import DEFAULT_TPOT_MS, DEFAULT_TTFT_MS, Planner, StepLoad
+from vllm_flexft.sched.pacer import Pacer
+from vllm_flexft.sched.planner import Objectives, StepLoad
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
-from vllm_flexft.sched.run import FinetuneRun, Limits, PlannedWork, Room
+from vllm_flexft.sched.room import Limits, PlannedWork, Room
+from vllm_flexft.sched.run import FinetuneRun
 from vllm_flexft.sched.run_set import RunSet
 from vllm_flexft.sched.sequence_kv import KVLender
+from vllm_flexft.sched.starvation import StarvationLog
+from vllm_flexft.sched.step_output import append_chunks, chunk_requests, is_measurable, load_of
+from vllm_flexft.sched.trace import StepTrace
 from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model, memory_budget
 
 logger = logging.getLogger("vllm.flexft")
@@ -66,27 +76,33 @@ class CoServeMixin(_SchedulerBase):
         # Requests may use the user's LoRA slots; the training slots are private.
         self.lora_config = copy.copy(self.vllm_config.lora_config)
         self.lora_config.max_loras = config.serving_max_loras
-        self._costs = UnitCosts.from_hf_config(self.vllm_config.model_config.hf_text_config)
+        self._shape = ModelShape.from_hf_config(self.vllm_config.model_config.hf_text_config)
         num_blocks = self.cache_config.num_gpu_blocks
         reserved_blocks = int(num_blocks * RESERVED_BLOCKS_SHARE)
         self._lender = KVLender(self.kv_cache_manager, reserved_blocks)
-        # One block is vLLM's null block. Each KV-cache group takes its own blocks of a sequence.
-        num_groups = len(self.kv_cache_config.kv_cache_groups)
-        self._lendable_blocks = (num_blocks - 1 - reserved_blocks) // num_groups
+        self._num_blocks = num_blocks - 1  # one is vLLM's null block
+        # Each KV-cache group takes its own blocks of a sequence.
+        self._num_groups = len(self.kv_cache_config.kv_cache_groups)
+        self._lendable_blocks = (self._num_blocks - reserved_blocks) // self._num_groups
         self._give_way_to_inference()
         self._runs = RunSet()
         self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
-        self._planner = Planner.for_objectives(*self._objectives())
-        self._started_at: dict[int, tuple[float, StepLoad, float]] = {}
+        device = self.vllm_config.device_config.device_type
+        model = LatencyModel(UnitCosts.of(self._shape).prior(device))
+        self._latency_file = latency_file(self.vllm_config)
+        self._latency_file.load(model)
+        trace = StepTrace() if config.options.step_trace is not None else None
+        self._pacer = Pacer(model, self._objectives(), trace)
+        self._starvation: dict[str, StarvationLog] = {}  # by job
         self._engine_running: Callable[[], bool] = lambda: True
         limits = EngineLimits(
             max_model_len=self.max_model_len,
             kv_tokens=self._lendable_blocks * self.block_size,
             max_lora_rank=self.lora_config.max_lora_rank,
             rank_was_given=config.rank_was_given,
-            shape=ModelShape.from_hf_config(self.vllm_config.model_config.hf_text_config),
+            shape=self._shape,
             itemsize=self.vllm_config.model_config.dtype.itemsize,
             activation_policy=config.options.activation_policy,
             memory_bytes=lambda: memory_budget(
@@ -117,28 +133,23 @@ class CoServeMixin(_SchedulerBase):
     # ---- vLLM's interface
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        entered = time.monotonic()
         self.finished_req_ids.update(self._chunks_in_flight)
         self._chunks_in_flight = []
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         if self._feed.retirement.pending:
             self._feed.retirement.in_use = self._adapters_in_use()
-        load = StepLoad(
-            num_tokens=output.total_num_scheduled_tokens,
-            num_running=len(self.running),
-            num_waiting=len(self.waiting),
-        )
-        units = 0.0
+        load = self._load_of(output)
+        room = None
         if self._may_finetune():
-            units = self._append_finetuning(output, load)
-        self._started_at[id(output)] = (time.monotonic(), load, units)
+            room = self._append_finetuning(output, load)
+        self._pacer.planned(id(output), entered, load, room, measurable=is_measurable(output))
         return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        if (begun := self._started_at.pop(id(scheduler_output), None)) is not None:
-            started, load, units = begun
-            self._planner.observe(load, units, time.monotonic() - started)
+        self._pacer.finished(id(scheduler_output), time.monotonic())
         for result in getattr(model_runner_output, RESULT_ATTRIBUTE, ()):
             if (run := self._runs.get(result.job_id)) is not None:
                 try:
@@ -150,7 +161,10 @@ class CoServeMixin(_SchedulerBase):
     def has_requests(self) -> bool:
         if super().has_requests():
             return True
-        return self._may_finetune() and bool(self._runs or self._closing or self._feed.has_ready())
+        pending = bool(self._runs or self._closing or self._feed.has_ready())
+        if not (finetuning := self._may_finetune() and pending):
+            self._pacer.idle()
+        return finetuning
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         self._release_all()
@@ -163,7 +177,24 @@ class CoServeMixin(_SchedulerBase):
 
     def shutdown(self) -> None:
         self._feed.stop()
+        self._latency_file.save(self._pacer.model.state())
+        if (path := self._co_serve.options.step_trace) is not None:
+            try:
+                self.dump_step_trace(path)
+            except OSError as error:
+                logger.warning("the step trace could not be written to %s: %s", path, error)
         super().shutdown()
+
+    def dump_step_trace(self, path: Path) -> None:
+        """Write what is known of the last steps, as JSON lines, or CSV by the name's ending.
+
+        Raises:
+            ValueError: the server runs without the option `step_trace`.
+            OSError: the file cannot be written.
+        """
+        if self._pacer.trace is None:
+            raise ValueError("no steps were traced: start the server with the option step_trace")
+        self._pacer.trace.dump(path)
 
     # ---- finetuning
 
@@ -175,20 +206,40 @@ class CoServeMixin(_SchedulerBase):
     def _may_finetune(self) -> bool:
         return self._pause_state == PauseState.UNPAUSED and self._engine_running()
 
-    def _append_finetuning(self, output: SchedulerOutput, load: StepLoad) -> float:
-        """Add finetune work to a scheduled step; returns its units. Never raises: an error in
-        planning fails the job, not the engine."""
+    def _load_of(self, output: SchedulerOutput) -> StepLoad:
+        used = self._num_blocks - self._num_free_blocks() - self._lender.num_blocks
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        return load_of(
+            output,
+            # Full blocks are a little more than the keys in them, shared ones a little less.
+            context=max(0, used) * self.block_size // self._num_groups,
+            # Not those that wait for a grammar, for a remote cache or for more of their prompt.
+            num_waiting=waiting - len(self.deferred_waiting),
+        )
+
+    def _num_free_blocks(self) -> int:
+        return self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _append_finetuning(self, output: SchedulerOutput, load: StepLoad) -> Room | None:
+        """Add finetune work to a scheduled step; returns what it took, None without a job. Never
+        raises: an error in planning fails the job, not the engine."""
         while (prepared := self._feed.take()) is not None:
             self._start(prepared)
+        if not (self._runs or self._closing):
+            return None
+        try:
+            room = self._pacer.room(
+                load,
+                tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
+                rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
+                sole_job=len(self._runs) == 1,
+            )
+        except Exception as error:
+            for run in self._runs:
+                self._fail(run, error)
+            return None
         plans, self._closing = self._closing, []
         closing = {plan.job_id for plan in plans}
-        room = Room(
-            units=self._planner.budget(load),
-            tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
-            rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
-            idle=load.num_tokens == 0 and load.num_waiting == 0,
-            sole_job=len(self._runs) == 1,
-        )
         work: dict[str, float] = {}
         for run in self._runs.in_turn():
             if run.job_id in closing:
@@ -208,7 +259,7 @@ class CoServeMixin(_SchedulerBase):
         self._runs.charge(work)
         if plans:
             setattr(output, PLAN_ATTRIBUTE, tuple(plans))
-        return room.spent
+        return room
 
     def _plan_run(self, run: FinetuneRun, room: Room, output: SchedulerOutput) -> StepPlan | None:
         if self._feed.is_cancelled(run.job_id):
@@ -216,38 +267,20 @@ class CoServeMixin(_SchedulerBase):
             return None
         taken = run.plan(room, self._lender, lambda: self._runs.yield_blocks_to(run, self._lender))
         if taken is None:
+            if room.lacking and (log := self._starvation.get(run.job_id)) is not None:
+                log.postponed(time.monotonic(), run.job.name, room.lacking)
             return None
         plan, work = taken
+        self._starvation.setdefault(run.job_id, StarvationLog()).progress(time.monotonic())
         self._append_chunks(output, run, work)
         return plan
 
     def _append_chunks(self, output: SchedulerOutput, run: FinetuneRun, work: PlannedWork) -> None:
-        """Each chunk is a request of its own that lives for one step: a part of a longer prompt
-        whose earlier keys and values are in its blocks already."""
-        lora = LoRARequest(
-            lora_name=f"flexft-training-{run.lora_id}",
-            lora_int_id=run.lora_id,
-            lora_path="(in training)",
-        )
-        for chunk, (prompt, computed, block_ids) in zip(work.chunks, work.prompts, strict=True):
-            output.scheduled_new_reqs.append(
-                NewRequestData(
-                    req_id=chunk.req_id,
-                    prompt_token_ids=prompt,
-                    mm_features=[],
-                    sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
-                    pooling_params=None,
-                    block_ids=block_ids,
-                    num_computed_tokens=computed,
-                    lora_request=lora,
-                    prefill_token_ids=prompt if self.use_v2_model_runner else None,
-                )
-            )
-            output.num_scheduled_tokens[chunk.req_id] = chunk.num_tokens
-            output.total_num_scheduled_tokens += chunk.num_tokens
-            self._chunks_in_flight.append(chunk.req_id)
-        if (fresh := self._get_new_block_ids_to_zero()) is not None:
-            output.new_block_ids_to_zero = [*(output.new_block_ids_to_zero or ()), *fresh]
+        """All that can fail comes before the first change to `output`."""
+        requests = chunk_requests(work, run.lora_id, v2_runner=self.use_v2_model_runner)
+        fresh = self._get_new_block_ids_to_zero()
+        append_chunks(output, work, requests, fresh)
+        self._chunks_in_flight.extend(chunk.req_id for chunk in work.chunks)
 
     def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
@@ -266,14 +299,14 @@ class CoServeMixin(_SchedulerBase):
             block_size=self.block_size,
             activation_policy=self._co_serve.options.activation_policy,
             memory_bytes=memory_bytes,
+            adapter_parameters=self._adapter_parameters(prepared.job.peft),
         )
         # a new number for each opening: vLLM must never take one adapter for another
         lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened
         try:
-            self._runs.add(
-                FinetuneRun(prepared, limits, self._costs, base_model(self.vllm_config), lora_id)
-            )
-            self._planner.set_objectives(*self._objectives())
+            model = base_model(self.vllm_config)
+            self._runs.add(FinetuneRun(prepared, limits, self._shape.num_layers, model, lora_id))
+            self._pacer.objectives = self._objectives()
         except Exception as error:
             logger.exception("finetune job %s cannot start", prepared.job.name)
             self._feed.report(prepared, EndRecord(error=f"{type(error).__name__}: {error}"))
@@ -298,19 +331,30 @@ class CoServeMixin(_SchedulerBase):
         self._runs.remove(run)
         self._closing.append(StepPlan(job_id=run.job_id, close_job=True))
         self._feed.report(run.prepared, record)
-        self._planner.set_objectives(*self._objectives())
+        self._starvation.pop(run.job_id, None)
+        self._pacer.objectives = self._objectives()
+        # Aside: the engine's loop must not wait for a disk.
+        state = self._pacer.model.state()
+        threading.Thread(target=self._latency_file.save, args=(state,)).start()
 
-    def _objectives(self) -> tuple[float, float]:
-        """TPOT and TTFT in ms: the strictest of the jobs in training; a job's own goes before the
-        server's."""
+    def _objectives(self) -> Objectives:
+        """The strictest of the jobs in training; a job's own goes before the server's."""
         options = self._co_serve.options
-        tpot_ms = options.tpot_ms or DEFAULT_TPOT_MS
-        ttft_ms = options.ttft_ms or DEFAULT_TTFT_MS
         slos = [run.job.slo or SLOConfig() for run in self._runs] or [SLOConfig()]
-        return (
-            min(slo.tpot_ms or tpot_ms for slo in slos),
-            min(slo.ttft_ms or ttft_ms for slo in slos),
+        each = [
+            Objectives.of(slo.tpot_ms or options.tpot_ms, slo.ttft_ms or options.ttft_ms)
+            for slo in slos
+        ]
+        return Objectives(
+            tpot_s=min(one.tpot_s for one in each),
+            ttft_s=min(one.ttft_s for one in each),
+            min_share=options.min_share,
         )
+
+    def _adapter_parameters(self, peft: PeftConfig) -> int:
+        targets = target_names(peft.target_modules)
+        layers = target_layers(peft.layers_to_transform, self._shape.num_layers)
+        return adapter_parameters(self._shape, targets, layers, peft.r)
 
     def _release_all(self) -> None:
         for run in self._runs:

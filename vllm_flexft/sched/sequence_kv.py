@@ -12,15 +12,18 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
+NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)  # finetuning never samples
+
 
 class SequenceKV:
     """The blocks of one sequence while its micro-batch is in flight."""
 
-    def __init__(self, kv_id: str, token_ids: list[int]) -> None:
+    def __init__(self, kv_id: str, num_tokens: int) -> None:
+        # Blocks that are never prefix-cached depend on the number of tokens alone.
         self.request = Request(
             request_id=kv_id,
-            prompt_token_ids=token_ids,
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
+            prompt_token_ids=[0] * num_tokens,
+            sampling_params=NO_SAMPLING,
             pooling_params=None,
         )
 
@@ -37,11 +40,13 @@ class KVLender:
         self._manager = manager
         self._reserved_blocks = reserved_blocks
         self._held: set[str] = set()
+        self.num_blocks = 0  # lent
         self._keep_whole_sequences()
 
     def extend(self, sequence: SequenceKV, num_tokens: int) -> bool:
         """Blocks for the next `num_tokens`; False when inference may need them."""
         request = sequence.request
+        free = self._manager.block_pool.get_num_free_blocks()
         blocks = self._manager.allocate_slots(
             request,
             num_tokens,
@@ -52,6 +57,7 @@ class KVLender:
         if blocks is None:
             return False
         self._held.add(request.request_id)
+        self.num_blocks += free - self._manager.block_pool.get_num_free_blocks()
         request.num_computed_tokens += num_tokens
         return True
 
@@ -62,7 +68,9 @@ class KVLender:
     def free(self, sequence: SequenceKV) -> None:
         if sequence.request.request_id in self._held:
             self._held.discard(sequence.request.request_id)
+            free = self._manager.block_pool.get_num_free_blocks()
             self._manager.free(sequence.request)
+            self.num_blocks += free - self._manager.block_pool.get_num_free_blocks()
         sequence.request.num_computed_tokens = 0
 
     def _keep_whole_sequences(self) -> None:

@@ -1,0 +1,155 @@
+"""Sets finetuning's pace: before each step its room, after each what there is to learn.
+
+Holds the latency model, the objectives and the credit of past steps; the same object runs in the
+engine and in the simulator. Time is passed in, nothing is read from a clock or from vLLM.
+
+    room = pacer.room(load, tokens=..., rows=...)       # planning draws it down
+    pacer.planned(key, now, load, room)                 # once a step, with or without finetuning
+    pacer.finished(key, now)                            # when its output is there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from vllm_flexft.sched.latency import Feature, LatencyModel, Vector
+from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow, carry
+from vllm_flexft.sched.room import Room
+from vllm_flexft.sched.trace import StepTrace
+
+# Steps without a job teach what inference costs: all of the first, then a few.
+WARM_STEPS = 64
+SAMPLE_EVERY = 16
+# Loaded steps in a row in which no piece of work fitted, before one is tried at the least it may
+# cost: what is never tried is never learnt.
+PROBE_AFTER = 100
+
+
+@dataclass(slots=True)
+class _Running:
+    features: Vector
+    scheduled: float
+    follows: bool  # straight after another step: the engine had work all the time
+    learn: bool
+    record: int | None  # in the trace
+
+
+class Pacer:
+    def __init__(
+        self, model: LatencyModel, objectives: Objectives, trace: StepTrace | None = None
+    ) -> None:
+        self.model, self.objectives, self.trace = model, objectives, trace
+        self.credit = 0.0
+        self._running: dict[Hashable, _Running] = {}
+        self._last_finish: float | None = None  # None: the engine has waited for work since
+        self._num_quiet = 0  # steps without a job
+        self._num_refused = 0  # steps with time for finetuning that no piece of it fitted
+
+    def room(self, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True) -> Room:
+        """What finetuning may do in a step; `tokens`, `rows`: what inference left of them."""
+        budget = allow(load, self.objectives, self.model, self.credit)
+        probing = self._num_refused >= PROBE_AFTER
+        return Room(
+            budget,
+            self.model.prices(optimistic=probing),
+            tokens=tokens,
+            rows=rows,
+            sole_job=sole_job,
+            load=load.features(),
+            bound=None if probing else self.model.upper,
+        )
+
+    def planned(
+        self,
+        key: Hashable,
+        now: float,
+        load: StepLoad,
+        room: Room | None,
+        *,
+        measurable: bool = True,
+        blocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        """A step was scheduled.
+
+        Args:
+            key: names the step until `finished`.
+            room: what finetuning took; None without a job.
+            measurable: its time says something about its work; not if it waits for a disk.
+            blocks: of the KV cache, held by finetuning and free.
+        """
+        if room is None:
+            self._num_quiet += 1
+            many = self._num_quiet > WARM_STEPS and self._num_quiet % SAMPLE_EVERY
+            if many and self.trace is None:
+                self._running[key] = _Running(NOTHING, now, self._follows, False, None)
+                return
+        features = load.features()
+        record = None
+        if room is not None:
+            features += room.features
+            features[Feature.STEP] = min(1.0, features[Feature.STEP])
+            refused = room.budget.seconds > 0.0 and room.spent == 0.0 and bool(room.lacking)
+            probed = self._num_refused >= PROBE_AFTER
+            self._num_refused = self._num_refused + 1 if refused and not probed else 0
+            self.credit = carry(room.budget, self.objectives, self.credit, room.spent)
+        if self.trace is not None:
+            record = self._record(self.trace, now, load, room, features, blocks)
+        self._running[key] = _Running(features, now, self._follows, measurable, record)
+
+    @property
+    def _follows(self) -> bool:
+        return self._last_finish is not None
+
+    def finished(self, key: Hashable, now: float) -> None:
+        """The output of a step is there. Steps may be scheduled before the last one finished: the
+        time of a step is then what passed since that one did."""
+        step = self._running.pop(key, None)
+        if step is None:
+            return
+        start = step.scheduled
+        if self._last_finish is not None and (step.follows or self._last_finish > start):
+            start = self._last_finish
+        self._last_finish = now
+        if step.record is not None and self.trace is not None:
+            self.trace.finished(step.record, now - start)
+        if step.learn:
+            self.model.observe(step.features, now - start)
+
+    def idle(self) -> None:
+        """The engine is about to wait for work: what passes until the next step is not its time."""
+        self._last_finish = None
+
+    def _record(
+        self,
+        trace: StepTrace,
+        now: float,
+        load: StepLoad,
+        room: Room | None,
+        features: Vector,
+        blocks: tuple[int, int],
+    ) -> int:
+        predicted, bound = self.model.predict(features)
+        budget = NO_BUDGET if room is None else room.budget
+        return trace.add(
+            now,
+            load.decode_rows,
+            load.prefill_tokens,
+            load.context,
+            load.num_waiting,
+            features[Feature.CHUNK],
+            features[Feature.LOSS],
+            features[Feature.LAYER],
+            features[Feature.UPDATE] > 0,
+            features[Feature.SAVE] > 0,
+            budget.seconds,
+            0.0 if room is None else room.spent,
+            budget.limit,
+            predicted,
+            bound,
+            *blocks,
+        )
+
+
+NOTHING = StepLoad().features()
+NO_BUDGET = Budget(0.0, 0.0, 0.0, 0.0, 0.0, False, "no job")

@@ -1,0 +1,218 @@
+"""What a step offers finetuning, what a job may hold, and the plan that is being filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_flexft.config import ActivationPolicy
+from vllm_flexft.plan import BackwardSlices, Chunk, OptimizerStep, SaveRequest
+from vllm_flexft.plan import MicroBatch as MicroBatchSpec
+from vllm_flexft.sched.latency import NUM_FEATURES, Feature, Vector
+from vllm_flexft.sched.planner import Budget
+
+SLICE_FEATURES = slice(Feature.LOSS, Feature.UPDATE)  # what a backward slice consists of
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may take of the engine."""
+
+    window: int
+    lane_tokens: int
+    num_lanes: int
+    max_rows: int  # sequences with chunks in one batch
+    lowest_layer: int
+    kv_blocks: int  # of each KV-cache group, that a micro-batch of several sequences may hold
+    block_size: int  # tokens
+    activation_policy: ActivationPolicy
+    memory_bytes: float = 0.0  # for all that training allocates
+    adapter_parameters: int = 0
+
+
+class Room:
+    """What is left of a step after inference; planning draws it down.
+
+    A piece of work fits if the upper bound of its time does. Where nothing was taken yet, a piece
+    that cannot be cut may use the credit of earlier steps, and in an idle step exceed the room:
+    otherwise one that is longer than any room would never run.
+
+    Prices say at once what fits, and a little too little: costs are better known together than one
+    by one. So what was taken is charged by the bound of the whole step.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        prices: Vector,
+        *,
+        tokens: int,
+        rows: int,
+        sole_job: bool = True,
+        load: Vector | None = None,
+        bound: Callable[[Vector], float] | None = None,
+    ) -> None:
+        """
+        Args:
+            prices: seconds an amount of each `Feature`, at most.
+            tokens, rows: what is left of vLLM's token budget and request slots.
+            sole_job: no other job has work for this step.
+            load: amounts of inference in the step.
+            bound: upper bound of a step's seconds by its amounts, if not the sum of prices.
+        """
+        self.budget = budget
+        self.seconds = budget.seconds
+        self.tokens, self.rows = tokens, rows
+        self.sole_job = sole_job
+        self.may_begin = True  # a micro-batch: not while a job before this one waits for blocks
+        self.spent = 0.0
+        self.features = np.zeros(NUM_FEATURES)  # taken
+        self.lacking = budget.reason  # what the last piece that did not fit needed
+        self._prices = prices
+        self._price: list[float] = prices.tolist()
+        self._load = np.zeros(NUM_FEATURES) if load is None else load
+        self._bound = bound
+        self._total = self._load.copy()
+
+    @property
+    def idle(self) -> bool:
+        return self.budget.idle
+
+    def fit_slices(self, cumulative: npt.NDArray[np.float64], done: int) -> int:
+        """Take as many of the next backward slices as fit; returns how many.
+
+        `cumulative`: (slices + 1, features of a slice), amounts up to each slice.
+        """
+        prices = self._prices[SLICE_FEATURES]
+        costs = (cumulative[done + 1 :] - cumulative[done]) @ prices
+        count = int(costs.searchsorted(self.seconds, side="right"))
+        if not count and not self._may_exceed(float(costs[0])):
+            self.lacking = f"a backward slice takes {1e3 * costs[0]:.1f} ms"
+            return 0
+        count = max(1, count)
+        self.features[SLICE_FEATURES] += cumulative[done + count] - cumulative[done]
+        self._charge(float(costs[count - 1]))
+        return count
+
+    def fit_chunk(self, context: int, remaining: int, smallest: int) -> int:
+        """Tokens of a chunk that follows `context` tokens of its sequence; 0 if fewer than
+        `smallest` fit. Takes nothing: see `take_chunk`."""
+        most = min(remaining, self.tokens)
+        smallest = min(smallest, remaining)
+        if self.rows <= 0 or most < smallest:
+            self.lacking = "no request slot" if self.rows <= 0 else "no token of the batch"
+            return 0
+        start, seconds = self._start_cost(), self.seconds
+        tokens = min(most, self._tokens_for(seconds - start, context))
+        if tokens < smallest and not (self.idle and self.spent == 0.0):
+            cost = start + self._chunk_cost(context, smallest)
+            self.lacking = f"a chunk of {smallest} tokens takes {1e3 * cost:.1f} ms"
+            return 0
+        tokens = max(tokens, smallest)
+        if tokens < most and self._bound is not None:
+            return self._lengthened(tokens, most, context)
+        return tokens
+
+    def _lengthened(self, tokens: int, most: int, context: int) -> int:
+        """A chunk of `tokens` fits by prices; by the bound, a longer one may."""
+        short = self._bound_with(context, tokens)
+        longer = min(most, int(tokens * self.seconds / max(short, 1e-9)))
+        if longer <= tokens:
+            return tokens
+        long = self._bound_with(context, longer)
+        if long <= self.seconds:
+            return longer
+        # The bound is convex in the chunk's length: it lies below the line between two points.
+        between = tokens + int((longer - tokens) * (self.seconds - short) / (long - short))
+        return max(tokens, between)
+
+    def take_chunk(self, context: int, tokens: int) -> None:
+        cost = self._start_cost() + self._chunk_cost(context, tokens)
+        self._add_chunk(self.features, context, tokens)
+        self._charge(cost)
+        self.tokens -= tokens
+        self.rows -= 1
+
+    def fit_parameters(self, feature: Feature, parameters: int) -> bool:
+        """Take an update, or a snapshot, of so many adapter parameters if it fits."""
+        cost = parameters * self._price[feature]
+        if cost > self.seconds and not self._may_exceed(cost):
+            kind = "an optimizer update" if feature is Feature.UPDATE else "a snapshot"
+            self.lacking = f"{kind} takes {1e3 * cost:.1f} ms"
+            return False
+        self.features[feature] += parameters
+        self._charge(cost)
+        return True
+
+    def _tokens_for(self, seconds: float, context: int) -> int:
+        """n tokens attend n context + n^2 / 2 keys: solve a n^2 + b n = seconds."""
+        seconds = max(0.0, seconds)
+        a = 0.5 * self._price[Feature.CHUNK_CONTEXT]
+        b = self._price[Feature.CHUNK] + self._price[Feature.CHUNK_CONTEXT] * context
+        return int(2.0 * seconds / (b + (b * b + 4.0 * a * seconds) ** 0.5))
+
+    def _chunk_cost(self, context: int, tokens: int) -> float:
+        keys = tokens * (context + 0.5 * tokens)
+        price = self._price
+        return tokens * price[Feature.CHUNK] + keys * price[Feature.CHUNK_CONTEXT]
+
+    def _add_chunk(self, features: Vector, context: int, tokens: int) -> None:
+        features[Feature.CHUNK] += tokens
+        features[Feature.CHUNK_CONTEXT] += tokens * (context + 0.5 * tokens)
+        if self.idle:
+            features[Feature.STEP] = 1.0
+
+    def _bound_with(self, context: int, tokens: int) -> float:
+        """Seconds, at most, that a chunk adds to what was taken."""
+        assert self._bound is not None
+        np.add(self._load, self.features, out=self._total)
+        self._add_chunk(self._total, context, tokens)
+        return self._bound(self._total) - self.budget.bound - self.spent
+
+    def _start_cost(self) -> float:
+        """Seconds of running the model at all, in a step that has no inference."""
+        started = not self.idle or self.features[Feature.STEP] > 0.0
+        return 0.0 if started else self._price[Feature.STEP]
+
+    def _may_exceed(self, cost: float) -> bool:
+        if self.spent > 0.0:
+            return False
+        return self.idle or (self.seconds > 0.0 and cost <= self.seconds + self.budget.credit)
+
+    def _charge(self, cost: float) -> None:
+        """For what was just added to `features`; `cost` by prices."""
+        if self._bound is None:
+            self.spent += cost
+        else:
+            np.add(self._load, self.features, out=self._total)
+            self.spent = max(self.spent, self._bound(self._total) - self.budget.bound)
+        self.seconds = max(0.0, self.budget.seconds - self.spent)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPrompt:
+    """What vLLM is told about a chunk: a part of a longer prompt."""
+
+    token_ids: npt.NDArray[np.int32]  # up to the chunk's end, and one more
+    num_computed: int  # of them, before the chunk
+    block_ids: tuple[list[int], ...]  # per KV-cache group
+
+
+@dataclass(slots=True)
+class PlannedWork:
+    """A step plan under construction, with the tokens behind its chunks."""
+
+    begin: list[MicroBatchSpec] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    prompts: list[ChunkPrompt] = field(default_factory=list)
+    backward: list[BackwardSlices] = field(default_factory=list)
+    optimizer_step: OptimizerStep | None = None
+    save: SaveRequest | None = None
+    refused_blocks: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.chunks or self.backward or self.optimizer_step or self.save)
