@@ -72,20 +72,25 @@ class ScheduledMicroBatch:
             )
             for i, (offset, length) in enumerate(zip(offsets, lengths, strict=False))
         ]
+        self._num_forwarded = 0  # sequences at the front that are through
         self.slices_done = 0
         self.begun = False  # the worker knows it
         self.located = False  # the worker knows where its keys and values lie
 
     @property
     def forwarded(self) -> bool:
-        return all(s.remaining == 0 for s in self.sequences)
+        while self._num_forwarded < len(self.sequences):
+            if self.sequences[self._num_forwarded].remaining:
+                return False
+            self._num_forwarded += 1
+        return True
 
     @property
     def finished(self) -> bool:
         return self.slices_done == self.grid.num_slices
 
     def unforwarded(self) -> Iterator[ScheduledSequence]:
-        return (s for s in self.sequences if s.remaining)
+        return (s for s in self.sequences[self._num_forwarded :] if s.remaining)
 
     def prompt(self, sequence: ScheduledSequence, stop: int) -> npt.NDArray[np.int32]:
         """The sequence's first `stop` tokens and, unread, one more: vLLM then takes a chunk up to
@@ -105,6 +110,7 @@ class ScheduledMicroBatch:
         for sequence in self.sequences:
             lender.free(sequence.kv)
         self.located = False
+        self._num_forwarded = 0
         return held
 
 

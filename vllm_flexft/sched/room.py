@@ -14,6 +14,8 @@ from vllm_flexft.plan import MicroBatch as MicroBatchSpec
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, Vector
 from vllm_flexft.sched.planner import Budget
 
+NEXT_SLICES = 64
+EXHAUSTED = 0.03  # of the budget: what is left is not worth another look
 SLICE_FEATURES = slice(Feature.LOSS, Feature.UPDATE)  # what a backward slice consists of
 
 
@@ -81,14 +83,22 @@ class Room:
     def idle(self) -> bool:
         return self.budget.idle
 
+    @property
+    def exhausted(self) -> bool:
+        return self.seconds <= EXHAUSTED * self.budget.seconds
+
     def fit_slices(self, cumulative: npt.NDArray[np.float64], done: int) -> int:
         """Take as many of the next backward slices as fit; returns how many.
 
         `cumulative`: (slices + 1, features of a slice), amounts up to each slice.
         """
-        prices = self._prices[SLICE_FEATURES]
-        costs = (cumulative[done + 1 :] - cumulative[done]) @ prices
-        count = int(costs.searchsorted(self.seconds, side="right"))
+        # The next few first: of a thousand slices that a micro-batch may have, a step takes ten.
+        for horizon in (NEXT_SLICES, len(cumulative)):
+            part = cumulative[done : done + 1 + horizon] @ self._prices[SLICE_FEATURES]
+            costs = part[1:] - part[0]
+            count = int(costs.searchsorted(self.seconds, side="right"))
+            if count < len(costs):
+                break
         if not count and not self._may_exceed(float(costs[0])):
             self.lacking = f"a backward slice takes {1e3 * costs[0]:.1f} ms"
             return 0

@@ -92,7 +92,7 @@ class FinetuneRun:
             return self._open(work)
         # The worker updates and saves once a step, last: what comes after them is for later plans.
         while work.optimizer_step is None and work.save is None:
-            if room.seconds <= 0 or not self._advance(work, room, lender, reclaim):
+            if room.exhausted or not self._advance(work, room, lender, reclaim):
                 break
         self.short_of_blocks = work.empty and work.refused_blocks
         if work.empty and not self.waiting_for_writer:
@@ -168,6 +168,8 @@ class FinetuneRun:
     ) -> bool:
         planned = False
         for sequence in batch.unforwarded():
+            if room.exhausted and planned:
+                break
             start = sequence.kv.num_tokens
             # Beside other work a chunk must be worth its overhead; alone it is better than nothing.
             smallest = MIN_CHUNK if work.empty else GOOD_CHUNK
