@@ -9,14 +9,14 @@ import pytest
 from harness.plant import PRIOR, Plant
 
 from vllm_flexft.sched.latency import NUM_FEATURES, LatencyModel
-from vllm_flexft.sched.latency_file import LatencyFile
+from vllm_flexft.sched.latency_file import WORTH_KEEPING, LatencyFile
 
 ONE = np.ones(NUM_FEATURES)
 
 
-def learnt() -> LatencyModel:
+def learnt(steps: int = WORTH_KEEPING) -> LatencyModel:
     model, plant = LatencyModel(PRIOR), Plant()
-    for _ in range(100):
+    for _ in range(steps):
         features = plant.step()
         model.observe(features, plant.seconds(features))
     return model
@@ -27,6 +27,11 @@ def test_the_next_start_is_warm(tmp_path: Path):
     LatencyFile(tmp_path / "flexft", {"model": "a"}).save(model.state())
     assert LatencyFile(tmp_path / "flexft", {"model": "a"}).load(fresh)
     assert fresh.mean(ONE) == pytest.approx(model.mean(ONE))
+
+
+def test_a_start_that_saw_few_steps_leaves_no_file(tmp_path: Path):
+    LatencyFile(tmp_path, {}).save(learnt(10).state())
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_machine_or_model_has_another_file(tmp_path: Path):
@@ -79,6 +84,6 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", fails)
-        file.save(LatencyModel(PRIOR).state())
+        file.save(learnt().state())
     assert file.path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file.path]

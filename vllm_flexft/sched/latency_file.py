@@ -21,6 +21,7 @@ from vllm_flexft.sched.latency import Feature, LatencyModel
 
 logger = logging.getLogger("vllm.flexft")
 
+WORTH_KEEPING = 500  # steps: a new start learns as much in a minute
 FORMAT = 1  # of the file and of what the costs mean
 
 
@@ -52,8 +53,10 @@ class LatencyFile:
         return True
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write `LatencyModel.state()` aside, then rename. Where that fails the next start is a
-        cold one."""
+        """Write `LatencyModel.state()` aside, then rename, once it says enough. Where that fails
+        the next start is a cold one."""
+        if state["num_observed"] < WORTH_KEEPING:
+            return
         content = json.dumps({"identity": self.identity, "state": state})
         partial = None
         try:
