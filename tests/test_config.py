@@ -16,6 +16,7 @@ from vllm_flexft.config import (
     LINEAR_MODULES,
     DatasetConfig,
     FinetuneJob,
+    JobError,
     PeftConfig,
     ServerOptions,
     SLOConfig,
@@ -269,3 +270,9 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         job().training.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5])
+def test_finetuning_cannot_be_promised_all_of_the_time(value):
+    with pytest.raises(JobError, match="min_share"):
+        ServerOptions.from_mapping({"min_share": value})

@@ -6,7 +6,9 @@ model behind them, so steps take no time and finetuning takes all the room it ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bare_scheduler import BareEngine, prepared_job
+from vllm_flexft.sched.planner import CREDIT_SHARE
 
 BLOCKS = 60  # of 16 tokens: three of the longest requests, or six sequences in training
 ROWS = 6  # requests at a time
@@ -36,13 +39,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[BareEngi
     )
     ours = BareEngine(
         folder / "ours", blocks=BLOCKS, max_num_seqs=ROWS, max_model_len=320,
-        options={"tpot_ms": 1000},
+        options={"tpot_ms": 1000, "step_trace": str(folder / "steps.jsonl")},
     )  # fmt: skip
     lengths = np.random.default_rng(0).integers(8, 300, 2000)
     job = prepared_job(lengths, folder / "out", max_steps=10**6, save_steps=10**6)
     ours.train(job)
     yield plain, ours
     ours.close()
+    assert (folder / "steps.jsonl").stat().st_size > 0, "the trace is written when the engine stops"
 
 
 def inference(output: object) -> dict[str, int]:
@@ -133,3 +137,21 @@ def test_requests_that_cannot_run_do_not_stop_finetuning(
         request.status = RequestStatus.WAITING
         ours.scheduler.deferred_waiting.discard(request)
         ours.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+
+def test_the_trace_of_real_steps_shows_bounds_within_their_limits(
+    engines: tuple[BareEngine, BareEngine], tmp_path: Path
+) -> None:
+    _, ours = engines
+    for _ in range(4):
+        ours.ask(50, 60)
+    for _ in range(80):
+        ours.step()
+    ours.scheduler.dump_step_trace(tmp_path / "steps.jsonl")
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    busy = [s for s in steps[-80:] if s["decode_rows"] and s["spent"] > 0]
+    assert len(busy) > 20
+    credit = CREDIT_SHARE * 1.0
+    assert all(s["bound"] <= s["limit"] + credit + 1e-6 for s in busy)
+    assert all(s["finetune_blocks"] + s["free_blocks"] <= BLOCKS for s in steps)
+    assert all(s["actual"] > 0 for s in busy[:-1])
