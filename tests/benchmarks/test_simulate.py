@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.simulate import H200_8B, excess, figures, simulate
+from benchmarks.simulate import H200_8B, RUN, excess, figures, load_step, simulate
 from benchmarks.simulation.engine import StepRecord
 from benchmarks.simulation.plant import CPU, H200, LLAMA_8B, SMALL, Plant, StepWork
 
@@ -44,6 +44,9 @@ def test_only_what_finetuning_makes_late_is_counted() -> None:
     assert excess(steps, 0.04, 2.0, window=1) == []
 
 
+TPOT_S = H200_8B.tpot_ms / 1e3
+
+
 @pytest.fixture(scope="module")
 def busy() -> dict[str, dict[str, float]]:
     """10 requests a second, with a job and without."""
@@ -58,3 +61,13 @@ def test_requests_meet_their_objectives_while_a_job_trains(
     assert busy["with"]["attainment"] >= min(0.99, busy["without"]["attainment"])
     assert busy["with"]["finetune_tps"] > 1000
     assert busy["without"]["finetune_tps"] == 0
+
+
+def test_after_a_twentyfold_load_tpot_is_back_under_the_objective_within_five_steps() -> None:
+    simulation = load_step(H200_8B, rows=5000)
+    before = [s for s in simulation.steps if 10.0 < s.start < 20.0]
+    assert sum(s.finetune_tokens for s in before) > 0
+    loaded = [s for s in simulation.steps if s.start >= 21.0]
+    assert max(s.decode_rows for s in loaded) > 20
+    late = excess(simulation.steps, TPOT_S, 20.0, RUN)
+    assert not late, f"means of {RUN} steps above {TPOT_S}: {late[:5]}"
