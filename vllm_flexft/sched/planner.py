@@ -27,7 +27,9 @@ DEFAULT_TPOT_MS = 50.0
 DEFAULT_TTFT_MS = 5000.0
 TPOT_MARGIN = 0.9  # of the objective; the rest is what a token spends outside the engine's step
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
-CREDIT_SHARE = 0.5  # of the TPOT objective: no step is longer than 1.5 times it
+# Of the TPOT objective: no step is longer than twice it. A request of n tokens that meets all of
+# what was saved before it came is over by 1 / (n - 1) of that at most.
+CREDIT_SHARE = 1.0
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
 
