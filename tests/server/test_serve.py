@@ -134,7 +134,7 @@ def outcome(
     try:
         server.wait_until_up()
         server.models()  # the client library loads
-        outcome.steps_before = len(metrics(state.output_dir("long")))
+        outcome.steps_before = _steps_begun(state.output_dir("long"))
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             outcome.during = list(pool.map(server.complete, PROMPTS))
         outcome.steps_after = len(metrics(state.output_dir("long")))
@@ -144,6 +144,15 @@ def outcome(
         yield outcome
     finally:
         server.kill()
+
+
+def _steps_begun(output_dir: Path) -> int:
+    """Waits for the first step: on a busy machine the server is up before the data is read."""
+    deadline = time.monotonic() + 60
+    while not (output_dir / "metrics.jsonl").exists() or not metrics(output_dir):
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.02)
+    return len(metrics(output_dir))
 
 
 def _first_answer(server: Server, model: str) -> str:
