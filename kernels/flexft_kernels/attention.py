@@ -55,7 +55,7 @@ def attention_backward(
     assert num_heads == group * num_kv_heads
     assert dk_SKE.dtype == dv_SKE.dtype == torch.float32
     block = max(1, _SCORE_ROWS // group)
-    first_key = _first_key(q_start, sliding_window)
+    first_key = first_visible(q_start, sliding_window)
     score_bytes = 4 * block * group * min(stop - first_key, block + (sliding_window or stop))
     heads_at_once = max(1, _SCORE_BYTES // score_bytes)
 
@@ -72,7 +72,7 @@ def attention_backward(
         for row in range(0, window, block):
             rows = slice(row, min(row + block, window))
             position = q_start + rows.start
-            low = _first_key(position, sliding_window)
+            low = first_visible(position, sliding_window)
             keys = slice(low - first_key, q_start + rows.stop - first_key)
             q = _heads_first(queries[rows, heads]).mul_(scale)
             dout = _heads_first(douts[rows, heads])
@@ -127,7 +127,50 @@ def attention_backward_varlen(
     return dq_THE
 
 
-def _first_key(position: int, sliding_window: int | None) -> int:
+def paged_attention_backward(
+    dout_THE: Tensor,
+    q_THE: Tensor,
+    k_BNKE: Tensor,
+    v_BNKE: Tensor,
+    block_table_nM: Tensor,
+    out_THE: Tensor | None,
+    segments: Iterable[tuple[int, int, int, int]],
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    dk_TKE: Tensor,
+    dv_TKE: Tensor,
+) -> Tensor:
+    """`attention_backward_varlen` with keys and values in the blocks of a paged cache.
+
+    k_BNKE, v_BNKE: (B, N, K, E) views of a cache of B blocks of N tokens. block_table_nM: (n, M)
+    integers; row i lists the blocks of the sequence of segment i, those that no query sees being
+    any valid ones. `key_start` of a segment is where its sequence begins in dk and dv.
+    """
+    dq_THE = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
+    for blocks, (row_start, row_stop, key_start, q_start) in zip(
+        block_table_nM, segments, strict=True
+    ):
+        num_keys = q_start + row_stop - row_start
+        blocks = blocks[: -(-num_keys // k_BNKE.shape[1])]
+        rows, keys = slice(row_start, row_stop), slice(key_start, key_start + num_keys)
+        dq_THE[rows] = attention_backward(
+            dout_THE[rows],
+            q_THE[rows],
+            k_BNKE[blocks].flatten(0, 1),
+            v_BNKE[blocks].flatten(0, 1),
+            None if out_THE is None else out_THE[rows],
+            q_start=q_start,
+            scale=scale,
+            sliding_window=sliding_window,
+            dk_SKE=dk_TKE[keys],
+            dv_SKE=dv_TKE[keys],
+        )
+    return dq_THE
+
+
+def first_visible(position: int, sliding_window: int | None) -> int:
+    """Of those that a query at `position` attends."""
     return 0 if sliding_window is None else max(0, position - sliding_window + 1)
 
 
@@ -169,7 +212,7 @@ def attention_varlen(
     out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
     for row_start, row_stop, key_start, q_start in segments:
         rows = slice(row_start, row_stop)
-        first = _first_key(q_start, sliding_window)
+        first = first_visible(q_start, sliding_window)
         stop = q_start + row_stop - row_start
         keys = slice(key_start + first, key_start + stop)
         position = torch.arange(q_start, stop, device=q_THE.device)[:, None]

@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from harness.triton_interpreter import INTERPRETED, mend
 from torch import Tensor
+
+# Triton kernels run on a GPU, or in the process that test_triton_interpreter.py starts.
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*_triton.py"]
+if INTERPRETED:
+    mend()
 
 # fp32: some tens of roundings of 2⁻²⁴. Half precision: two roundings of the result, of 2⁻⁹ (bf16)
 # and 2⁻¹² (fp16), relative to the element and so less to the largest.
@@ -20,6 +26,12 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton kernels run: the GPU, or the interpreter's CPU."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(params=list(TOLERANCE), ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -1,52 +1,13 @@
-from dataclasses import dataclass
-
 import pytest
 import torch
-import torch.nn.functional as F
+from harness.attention_case import error, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from flexft_kernels import attention as module
 from flexft_kernels.attention import attention_backward, attention_backward_varlen
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Inputs of one sequence's attention and their float64 gradients."""
-
-    dout: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    grads: tuple[Tensor, Tensor, Tensor]
-    scale: float
-    sliding_window: int | None
-
-
-def sequence(tokens, heads, kv_heads, head_dim, sliding_window=None, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [heads, heads, kv_heads, kv_heads]
-    dout, q, k, v = (
-        torch.randn(tokens, n, head_dim, generator=generator).to(dtype) for n in shapes
-    )
-    scale = head_dim**-0.5
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible &= distance < sliding_window
-    with torch.enable_grad():
-        leaves = [x.double().requires_grad_() for x in (q, k, v)]
-        q64, k64, v64 = (
-            x.repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1) for x in leaves
-        )
-        out = F.scaled_dot_product_attention(q64, k64, v64, attn_mask=visible, scale=scale)
-        out = out.transpose(0, 1)
-        grads = torch.autograd.grad(out, leaves, dout.double())
-    return Sequence(dout, q, k, v, out.detach().to(dtype), grads, scale, sliding_window)
 
 
 def in_windows(case, borders, *, forget_dk_of=None, shift=None):
@@ -70,14 +31,6 @@ def in_windows(case, borders, *, forget_dk_of=None, shift=None):
             dv_SKE=dv,
         )
     return dq, dk, dv
-
-
-def error(case, grads):
-    """Largest error over the largest value; where a query sees one key only dq and dk are zero."""
-    return max(
-        float((a.double() - b).abs().max() / b.abs().max().clamp_min(0.1))
-        for a, b in zip(grads, case.grads, strict=True)
-    )
 
 
 SHAPES = [(1, 1, 1, 2), (3, 2, 2, 17), (17, 4, 1, 8), (47, 6, 3, 16), (123, 12, 4, 64)]
