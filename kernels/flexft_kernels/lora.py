@@ -6,6 +6,8 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685. Products are formed with the r
 dimension, (R, T) and (R, O): on CPU a GEMM whose last dimension is 8 is 3 to 10 times slower.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,36 @@ def lora_backward(
     if dx_TI is not None:
         t_TR = t_RT.t().to(dx_TI.dtype)
         dx_TI.addmm_(t_TR, a_RI.to(dx_TI.dtype), alpha=scaling)
+
+
+def grouped_lora_backward(
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    a_LRI: Tensor,
+    b_LOR: Tensor,
+    groups: Iterable[tuple[int, int, int]],
+    scaling: float,
+    da_LRI: Tensor,
+    db_LOR: Tensor,
+    dx_TI: Tensor | None,
+    *,
+    xa_TR: Tensor | None = None,
+) -> None:
+    """`lora_backward` of a batch whose rows belong to several of L adapters.
+
+    groups: `(row_start, row_stop, adapter)`, at most one for an adapter; rows of no group have
+    none. a_LRI: (L, R, I); b_LOR: (L, O, R), adapters of lower rank being padded with zeros.
+    """
+    for start, stop, adapter in groups:
+        rows = slice(start, stop)
+        lora_backward(
+            dy_TO[rows],
+            x_TI[rows],
+            a_LRI[adapter],
+            b_LOR[adapter],
+            scaling,
+            da_LRI[adapter],
+            db_LOR[adapter],
+            None if dx_TI is None else dx_TI[rows],
+            xa_TR=None if xa_TR is None else xa_TR[rows],
+        )
