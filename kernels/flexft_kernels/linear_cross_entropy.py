@@ -7,6 +7,8 @@ Wijmans et al. 2024, https://arxiv.org/abs/2411.09009, and Liger-Kernel's fused 
 cross-entropy. The head is frozen: there is no dW.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,21 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     need_grad: bool = True,
     workspace: Tensor | None = None,
+    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed loss, number of right predictions and the gradient of `scale * loss_sum`.
 
     h_ND: (N, D) final hidden states of the supervised positions. weight_VD: (V, D), of h's dtype;
     rows from `vocab_size` on are padding and take no part. targets_N: (N,) int64 below vocab_size.
     workspace: optional (>= row_block, vocab_size) of h's dtype, for the logits; a new one each
-    call costs its page faults, up to 10 ms at V = 32000 in fp32.
+    call costs its page faults, up to 10 ms at V = 32000 in fp32. cross_entropy: what takes the
+    place of `_cross_entropy_`.
 
     Returns `loss_sum` (0-d fp32, unscaled), `num_correct` (0-d int64: targets that argmax finds)
     and dh (N, D) in h's dtype, None without `need_grad`. The logits are rounded to h's dtype as by
     the served head; everything after is in fp32 until the gradient of the logits is rounded.
     """
+    cross_entropy = cross_entropy or _cross_entropy_
     weight_VD = weight_VD[:vocab_size]
     num_rows, vocab = h_ND.shape[0], weight_VD.shape[0]
     if workspace is None:
@@ -48,7 +53,7 @@ def linear_cross_entropy(
         block = slice(start, min(start + row_block, num_rows))
         logits_NV = workspace[: block.stop - block.start]
         torch.mm(h_ND[block], weight_VD.t(), out=logits_NV)
-        num_correct += _cross_entropy_(logits_NV, targets_N[block], loss_N[block])
+        num_correct += cross_entropy(logits_NV, targets_N[block], loss_N[block])
         if dh_ND is not None:
             # alpha is applied before the result is rounded.
             dh = dh_ND[block]

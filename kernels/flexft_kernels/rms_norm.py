@@ -22,12 +22,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the frozen-weight norm with respect to its input.
 
     dy, x: (..., D), of any float dtypes; weight: (D,). Returns dx (..., D) in x's dtype, or in
-    `out`, whose dtype is free and which may be `dy` itself.
+    `out`, whose dtype is free and which may be `dy` itself. skip: (..., D), the gradient that
+    went past the norm along the residual; added before the result is rounded.
     """
     x32 = x.float()
     dim = x.shape[-1]
@@ -35,4 +42,6 @@ def rms_norm_backward(
     dn = torch.mul(dy, weight.float())
     along_x = torch.linalg.vecdot(dn, x32).unsqueeze_(-1).mul_(r.pow(3)).div_(dim)
     dx = dn.mul_(r).addcmul_(x32, along_x, value=-1.0)
+    if skip is not None:
+        dx.add_(skip)
     return dx.to(x.dtype) if out is None else out.copy_(dx)

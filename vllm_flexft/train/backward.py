@@ -13,8 +13,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from flexft_kernels.linear_cross_entropy import linear_cross_entropy
-from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
+from flexft_kernels.ops import linear_cross_entropy, rms_norm_backward
+from flexft_kernels.rms_norm import rms_norm
 from vllm_flexft.graph.grid import BackwardGrid, Slice
 from vllm_flexft.plan import MicroBatch
 from vllm_flexft.train.activations import ActivationStore

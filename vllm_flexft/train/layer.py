@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexft_kernels.attention import attention_backward_varlen
-from flexft_kernels.lora import lora_backward
-from flexft_kernels.rms_norm import rms_norm_backward
-from flexft_kernels.rope import rope_backward
-from flexft_kernels.silu_mul import silu_mul_backward
+from flexft_kernels.ops import (
+    attention_backward_varlen,
+    lora_backward,
+    rms_norm_backward,
+    rope_backward,
+    silu_mul_backward,
+)
 from vllm_flexft.graph.prune import LayerNeeds
 from vllm_flexft.train.adapter import TrainableAdapter
 from vllm_flexft.train.model import DecoderLayer, FrozenLinear, RMSNorm
@@ -132,4 +134,4 @@ class LayerBackward:
 def _through_norm(norm: RMSNorm, dh_WD: Tensor, x_WD: Tensor, skip_WD: Tensor) -> Tensor:
     """Gradient at a norm's input: through the norm, and past it along the residual, in fp32."""
     dx_WD = torch.empty_like(skip_WD)
-    return rms_norm_backward(dh_WD, x_WD, norm.weight, norm.eps, out=dx_WD).add_(skip_WD)
+    return rms_norm_backward(dh_WD, x_WD, norm.weight, norm.eps, out=dx_WD, skip=skip_WD)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexft_kernels.attention import attention_varlen
+from flexft_kernels.ops import apply_rope
 from flexft_kernels.rms_norm import rms_norm
-from flexft_kernels.rope import apply_rope
 from flexft_kernels.silu_mul import silu_mul
 from vllm_flexft.train.adapter import LoraLinear, TrainableAdapter
 from vllm_flexft.train.model import DecoderLayer, FrozenLinear, RMSNorm
