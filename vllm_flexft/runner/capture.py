@@ -1,18 +1,16 @@
-"""Forward hooks that copy finetune rows of the batch into the activation store."""
+"""Copies finetune rows of the batch, as layers compute them, into the activation store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from vllm_flexft.runner.capture_op import Pick, listen, place
 from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.model import ServedModel
-
-# From a module's arguments and output: the tensor to keep.
-Pick = Callable[[tuple, Any], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +23,21 @@ class CapturedRows:
     to: int
 
 
-class Capture:
-    """Hooks on the layers that the backward reads; they do nothing while `rows` is empty.
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """Where a tensor of a layer (graph/families.py) passes by in vLLM's modules."""
 
-    A failure inside a hook is kept in `error` and never reaches the forward pass, which inference
+    layer: int
+    name: str
+    module: Any
+    pick: Pick
+    before: bool = False
+
+
+class Capture:
+    """Listens to the layers that the backward reads; does nothing while `rows` is empty.
+
+    A failure in here is kept in `error` and never reaches the forward pass, which inference
     requests share.
     """
 
@@ -36,45 +45,60 @@ class Capture:
         self.rows: list[CapturedRows] = []
         self.error: Exception | None = None
         self._store = store
-        self._handles: list[Any] = []
-        for layer in model.layers:
-            self._after(layer.input_norm.module, layer.index, "residual_in", _residual)
-            self._after(layer.qkv_proj.module, layer.index, "qkv", _output)
-            self._before(layer.o_proj.module, layer.index, "attention")
-            self._after(layer.post_norm.module, layer.index, "residual_mid", _residual)
-            self._after(layer.gate_up_proj.module, layer.index, "gate_up", _output)
-        self._after(model.final_norm.module, len(model.layers), "residual_in", _residual)
+        parts = [
+            (l.input_norm, l.qkv_proj, l.o_proj, l.post_norm, l.gate_up_proj) for l in model.layers
+        ]
+        modules = [[part.module for part in layer] for layer in parts]
+        self._ends = [
+            listen(point.module, point.name, point.pick, self._copier(point), before=point.before)
+            for point in _points(modules, model.final_norm.module)
+            if store.holds(point.layer, point.name)
+        ]
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._ends:
+            self._ends.pop()()
 
-    def _after(self, module: nn.Module, layer: int, name: str, pick: Pick) -> None:
-        if self._store.holds(layer, name):
-            self._handles.append(
-                module.register_forward_hook(
-                    lambda _, args, output: self._copy(layer, name, pick, args, output)
-                )
-            )
+    def _copier(self, point: _Point) -> Callable[[Tensor], None]:
+        return lambda source: self._copy(point, source)
 
-    def _before(self, module: nn.Module, layer: int, name: str) -> None:
-        if self._store.holds(layer, name):
-            self._handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args: self._copy(layer, name, _input, args, None)
-                )
-            )
-
-    def _copy(self, layer: int, name: str, pick: Pick, args: tuple, output: Any) -> None:
+    def _copy(self, point: _Point, source: Tensor) -> None:
         if not self.rows:
             return
         try:
-            source = pick(args, output)
             for rows in self.rows:
-                self._store.write(rows.lane, layer, name, rows.to, source[rows.start : rows.stop])
+                part = source[rows.start : rows.stop]
+                self._store.write(rows.lane, point.layer, point.name, rows.to, part)
         except Exception as error:
             self.error = self.error or error
+
+
+def place_ops(model: nn.Module) -> None:
+    """Make a model that vLLM is going to compile able to be listened to."""
+    inner: Any = model.model
+    modules = [
+        [
+            layer.input_layernorm,
+            layer.self_attn.qkv_proj,
+            layer.self_attn.o_proj,
+            layer.post_attention_layernorm,
+            layer.mlp.gate_up_proj,
+        ]
+        for layer in inner.layers
+    ]
+    for point in _points(modules, inner.norm):
+        place(point.module, point.name, point.pick, before=point.before)
+
+
+def _points(layers: list[list[Any]], final_norm: Any) -> Iterator[_Point]:
+    """layers: of each the input norm, qkv, output projection, norm before the MLP, gate and up."""
+    for index, (input_norm, qkv_proj, o_proj, post_norm, gate_up_proj) in enumerate(layers):
+        yield _Point(index, "residual_in", input_norm, _residual)
+        yield _Point(index, "qkv", qkv_proj, _output)
+        yield _Point(index, "attention", o_proj, _input, before=True)
+        yield _Point(index, "residual_mid", post_norm, _residual)
+        yield _Point(index, "gate_up", gate_up_proj, _output)
+    yield _Point(len(layers), "residual_in", final_norm, _residual)
 
 
 def _input(args: tuple, _output: Any) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ from vllm_flexft.wiring import FREE_MEMORY_SHARE, CoServeConfig
 
 logger = logging.getLogger("vllm.flexft")
 
+V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
+
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _RunnerBase
 else:
@@ -35,7 +38,8 @@ else:
 
 
 class CoServeRunnerMixin(_RunnerBase):
-    """Adds finetuning to a vLLM model runner (V1: `GPUModelRunner`, `CPUModelRunner`)."""
+    """Adds finetuning to a vLLM model runner of the first kind (`CPUModelRunner` and, where V2 is
+    switched off, `GPUModelRunner`)."""
 
     _plans: tuple[StepPlan, ...]  # of the step under way, one a job
     _not_opened: dict[str, StepResult]  # by job, of the step under way
@@ -50,10 +54,12 @@ class CoServeRunnerMixin(_RunnerBase):
         self._view = None
 
     @torch.inference_mode()
-    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+    def execute_model(
+        self, scheduler_output: Any, intermediate_tensors: Any = None, **options: Any
+    ) -> Any:
         self._plans = getattr(scheduler_output, PLAN_ATTRIBUTE, ())
         if not self._plans:
-            return super().execute_model(scheduler_output, intermediate_tensors)
+            return super().execute_model(scheduler_output, intermediate_tensors, **options)
         chunks = {chunk.req_id for plan in self._plans for chunk in plan.chunks}
         self._block_ids = {
             request.req_id: request.block_ids
@@ -63,7 +69,11 @@ class CoServeRunnerMixin(_RunnerBase):
         self._not_opened = {}
         for plan in self._plans:
             self._prepare(plan)
-        output = super().execute_model(scheduler_output, intermediate_tensors)
+        try:
+            output = super().execute_model(scheduler_output, intermediate_tensors, **options)
+        finally:
+            for job in self._jobs.values():
+                job.capture.rows = []
         if output is None:  # sampling comes next; the slices run after it
             return None
         return self._finish(output)
@@ -74,24 +84,21 @@ class CoServeRunnerMixin(_RunnerBase):
         return self._finish(output) if self._plans else output
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        capturing = []
+        self._capture_chunks()
+        return super()._model_forward(*args, **kwargs)
+
+    def _capture_chunks(self) -> None:
+        """From here to the end of the forward, the rows of this step's chunks are kept."""
         for plan in self._plans:
             if plan.chunks and (job := self._jobs.get(plan.job_id)) is not None:
                 try:
                     job.capture.rows = self._finetune_rows(plan)
-                    capturing.append(job.capture)
                 except Exception as error:
                     job.trainer.fail(error)
-        try:
-            return super()._model_forward(*args, **kwargs)
-        finally:
-            for capture in capturing:
-                capture.rows = []
 
     def _finetune_rows(self, plan: StepPlan) -> list[CapturedRows]:
         """Where each chunk lies in the batch; rows are ordered by the runner, not by us."""
-        index_of = self.input_batch.req_id_to_index
-        starts = self.query_start_loc.np
+        index_of, starts = self._batch_layout()
         rows = []
         for chunk in plan.chunks:
             at = index_of[chunk.req_id]
@@ -99,6 +106,10 @@ class CoServeRunnerMixin(_RunnerBase):
             assert stop - start == chunk.num_tokens, (start, stop, chunk)
             rows.append(CapturedRows(start, stop, chunk.lane, chunk.row))
         return rows
+
+    def _batch_layout(self) -> tuple[Mapping[str, int], Any]:
+        """Place of each request in the batch, and where each place's rows begin."""
+        return self.input_batch.req_id_to_index, self.query_start_loc.np
 
     def _prepare(self, plan: StepPlan) -> None:
         """Before the forward: open the job, begin micro-batches. A failure becomes a result.
@@ -196,5 +207,10 @@ def add_finetuning(runner: Any, config: CoServeConfig) -> None:
     of whatever class it chose.
     """
     base = type(runner)
-    runner.__class__ = type(f"CoServe{base.__name__}", (CoServeRunnerMixin, base), {})
+    mixin = CoServeRunnerMixin
+    if any(cls.__module__ == V2_RUNNER for cls in base.__mro__):
+        from vllm_flexft.runner.hook_v2 import CoServeV2RunnerMixin
+
+        mixin = CoServeV2RunnerMixin
+    runner.__class__ = type(f"CoServe{base.__name__}", (mixin, base), {})
     runner.start_co_serving(config)
