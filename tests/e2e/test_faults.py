@@ -22,9 +22,9 @@ ROWS = [(f"Say {i}. " * (1 + 3 * (i % 4)), f" It is {i}.") for i in range(6)]
 # Every function that a step of a job goes through, scheduler and worker, by stage.
 FATAL = {
     "open": [
-        "vllm_flexft.runner.hook:open_slot",
-        "vllm_flexft.runner.hook:Trainer._plan_memory",
-        "vllm_flexft.runner.hook:Capture.__init__",
+        "vllm_flexft.runner.opened_job:open_slot",
+        "vllm_flexft.runner.opened_job:Trainer._plan_memory",
+        "vllm_flexft.runner.opened_job:Capture.__init__",
         "vllm_flexft.train.trainer:targets_of",
         "vllm_flexft.train.adapter:TrainableAdapter.__init__",
         "vllm_flexft.train.adapter:TrainableAdapter.initialise",
