@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from harness.beside import check_same, job, weights
 from harness.engine import CoServingEngine
 from harness.health import Health, health
-from harness.peft_reference import write_rows
 from harness.traffic import Ask, PlanLog, Pump, ended, random_prompts, train
-from safetensors.torch import load_file
 
 from vllm_flexft.inprocess import wait_for_jobs
 
 BLOCKS = 12  # of 128 tokens, beside vLLM's null block
-ROWS = [(f"Say {i}. " * (10 + 12 * (i % 4)), f" It is {i}.") for i in range(16)]
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +29,6 @@ def engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServ
         num_gpu_blocks_override=BLOCKS + 1,
         enable_prefix_caching=False,
     )
-
-
-def job(folder: Path, **training: Any) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    rows = write_rows(folder / "rows.jsonl", ROWS)
-    defaults = {"max_steps": 8, "train_batch_size": 8, "learning_rate": 2e-3}
-    return {
-        "dataset": {"path": str(rows)},
-        "training": {**defaults, **training},
-        "output_dir": str(folder / "out"),
-    }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / "adapter_model.safetensors")
-
-
-def check_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, tensor in expected.items():
-        difference = (ours[name] - tensor).norm() / tensor.norm()
-        assert difference < 1e-3, f"{name}: {difference:.1e}"
 
 
 @pytest.fixture(scope="module")

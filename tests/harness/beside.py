@@ -65,18 +65,20 @@ class StepLog:
 
     @classmethod
     def attach(cls, engine: CoServingEngine, monkeypatch: pytest.MonkeyPatch) -> StepLog:
-        log, scheduler = cls(), engine.scheduler
+        scheduler = engine.scheduler
+        log = cls(_in_flight=len(engine.core.batch_queue or ()))
         schedule, update = scheduler.schedule, scheduler.update_from_output
 
         def scheduled(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            plan = getattr(output, "flexft_plan", None)
-            chunks = {chunk.req_id: chunk.num_tokens for chunk in plan.chunks} if plan else {}
+            plans = getattr(output, "flexft_plan", ())
+            chunks = {chunk.req_id: chunk.num_tokens for plan in plans for chunk in plan.chunks}
+            requests = output.num_scheduled_tokens.items()
             log.steps.append(
                 Step(
-                    {k: n for k, n in output.num_scheduled_tokens.items() if k not in chunks},
+                    {request: tokens for request, tokens in requests if request not in chunks},
                     sum(chunks.values()),
-                    sum(work.count for work in plan.backward) if plan else 0,
+                    sum(work.count for plan in plans for work in plan.backward),
                     log._in_flight,
                 )
             )
