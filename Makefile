@@ -21,7 +21,7 @@ demo: setup  ## a small model answers requests while a job finetunes it (about 4
 	@$(VENV)/bin/python examples/demo.py
 
 test: setup  ## run the tests (at most 20 minutes on two cores)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --foreground 1200 $(VENV)/bin/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --foreground 1200 $(VENV)/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy, import direction
 	@$(VENV)/bin/ruff check .

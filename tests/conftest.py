@@ -18,6 +18,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Folders whose files take minutes: begun first, so that no process is left with one at the end.
+LONG = ("server", "train", "e2e")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(tests).parts[0]
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=rank)  # stable
+
+
 @atexit.register  # first, so that it runs last: what a test run has to say is said by then
 def _drop_what_libraries_print_at_exit() -> None:
     """libtriton lists hundreds of "leaked" nanobind objects on stderr when the interpreter ends,

@@ -242,7 +242,7 @@ def test_activations_that_do_not_fit_the_memory_are_refused(
     engine: CoServingEngine, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = engine.core.model_executor.driver_worker.worker.model_runner
-    monkeypatch.setattr(type(runner), "_memory_bytes", lambda self, device: 1e5)
+    monkeypatch.setattr(type(runner), "_memory_bytes", lambda self, setup, device: 1e5)
     record, _ = train(engine, job)
     assert record.status == "failed"
     assert_matches("GiB.*memory_gib", record.error)

@@ -125,7 +125,7 @@ class RandomRequests:
 
     def __call__(self, step: int, pump: Pump) -> None:
         draw = self.draw
-        if self.plans.chunks and draw.random() < 0.25 and len(pump.answers) < 60:
+        if self.plans.chunks and draw.random() < 0.7 and len(pump.answers) < 60:
             prompt = random_prompts(1, draw.randrange(1 << 30), (4, 200))[0]
             pump.ask(Ask(prompt, draw.randint(1, 20), draw.choice(self.models)))
 
