@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml packaging/setup.sh packaging/requirements.py packaging/
 	@bash packaging/setup.sh $(VENV) $(FLAVOUR)
 	@touch $@
 
-demo: setup  ## a small model answers requests while a job finetunes it (about 4 minutes)
+demo: setup  ## a small model answers requests while a job finetunes it (about 5 minutes)
 	@$(VENV)/bin/python examples/demo.py
 
 test: setup  ## run the tests (at most 20 minutes on two cores)
