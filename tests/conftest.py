@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def _drop_what_libraries_print_at_exit() -> None:
     """libtriton lists hundreds of "leaked" nanobind objects on stderr when the interpreter ends,
     which would push pytest's summary off the screen."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_read_anew() -> None:
+    """vLLM keeps its environment variables once an engine has started in the process; a test that
+    sets one must not depend on which tests ran before it."""
+    if (envs := sys.modules.get("vllm.envs")) is not None:
+        envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="session")
