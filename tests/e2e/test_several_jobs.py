@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,29 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / "adapter_model.safetensors")
 
 
+@pytest.fixture
+def start_at_once(
+    engine: CoServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], None]:
+    """The next so many jobs meet the scheduler in one step, however long each was prepared."""
+    feed = engine.scheduler._feed
+    take, awaited = feed.take, 0
+
+    def take_together() -> Any:
+        nonlocal awaited
+        if feed._ready.qsize() < awaited:
+            return None
+        awaited = 0
+        return take()
+
+    def start(num_jobs: int) -> None:
+        nonlocal awaited
+        awaited = num_jobs
+
+    monkeypatch.setattr(feed, "take", take_together)
+    return start
+
+
 def run_together(engine: CoServingEngine, jobs: list[dict[str, Any]], on_step: Any = None) -> Any:
     """Records of jobs submitted together; and the most that were in training in a step."""
     pump, most = Pump(engine), 0
@@ -101,7 +124,9 @@ def check_as_alone(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert difference < 1e-4, f"{name}: {difference:.1e}"
 
 
-def test_jobs_trained_at_once_give_the_adapters_that_they_give_alone(engine, alone, tmp_path):
+def test_jobs_trained_at_once_give_the_adapters_that_they_give_alone(
+    engine, alone, start_at_once, tmp_path
+):
     idle = health(engine, [])
     jobs = [job(tmp_path / name, name, given) for name, given in JOBS.items()]
     prompts = random_prompts(6, 5)
@@ -110,6 +135,7 @@ def test_jobs_trained_at_once_give_the_adapters_that_they_give_alone(engine, alo
         if step % 7 == 0 and step // 7 < len(prompts):
             pump.ask(Ask(prompts[step // 7], 12))
 
+    start_at_once(len(jobs))
     records, most = run_together(engine, jobs, ask)
     assert [record.status for record in records] == ["succeeded"] * 3
     assert most == 3, "they did not train at once"
@@ -119,9 +145,10 @@ def test_jobs_trained_at_once_give_the_adapters_that_they_give_alone(engine, alo
     assert health(engine, []) == idle
 
 
-def test_a_job_that_diverges_leaves_the_others_as_they_are(engine, alone, tmp_path):
+def test_a_job_that_diverges_leaves_the_others_as_they_are(engine, alone, start_at_once, tmp_path):
     idle = health(engine, [])
     diverging = {"training": {"optim": "sgd", "learning_rate": 1e30, "max_grad_norm": 0.0}}
+    start_at_once(2)
     records, most = run_together(
         engine,
         [
@@ -136,7 +163,7 @@ def test_a_job_that_diverges_leaves_the_others_as_they_are(engine, alone, tmp_pa
     assert health(engine, []) == idle
 
 
-def test_a_cancelled_job_leaves_the_others_as_they_are(engine, alone, tmp_path):
+def test_a_cancelled_job_leaves_the_others_as_they_are(engine, alone, start_at_once, tmp_path):
     idle = health(engine, [])
     endless = {"training": {"max_steps": 100_000}}
 
@@ -144,6 +171,7 @@ def test_a_cancelled_job_leaves_the_others_as_they_are(engine, alone, tmp_path):
         if step == 30:
             engine.store.request_cancel(engine.store.get("endless").id)
 
+    start_at_once(2)
     records, _ = run_together(
         engine,
         [
@@ -157,7 +185,9 @@ def test_a_cancelled_job_leaves_the_others_as_they_are(engine, alone, tmp_path):
     assert health(engine, []) == idle
 
 
-def test_jobs_that_each_need_most_of_the_cache_do_not_wait_for_each_other(engine, tmp_path):
+def test_jobs_that_each_need_most_of_the_cache_do_not_wait_for_each_other(
+    engine, start_at_once, tmp_path
+):
     """A sequence takes 4 of the 6 blocks: whoever holds 3 cannot go on while another does."""
     wide = []
     for name in ("wide-1", "wide-2", "wide-3"):
@@ -166,12 +196,13 @@ def test_jobs_that_each_need_most_of_the_cache_do_not_wait_for_each_other(engine
         write_rows(
             tmp_path / name / "rows.jsonl", [("Count 1. " * 88, f" It is {i}.") for i in range(4)]
         )
+    start_at_once(len(wide))
     records, most = run_together(engine, wide)
     assert [record.status for record in records] == ["succeeded"] * 3, records[0].error
     assert most > 1
 
 
-def test_training_is_shared_by_weight(engine, tmp_path, monkeypatch):
+def test_training_is_shared_by_weight(engine, start_at_once, tmp_path, monkeypatch):
     """Where a step has less room than the jobs want, by three to one."""
     work_a_step(monkeypatch, lambda: 64.0)
     long = {"training": {"max_steps": 100_000, "save_steps": 100_000}}
@@ -184,6 +215,7 @@ def test_training_is_shared_by_weight(engine, tmp_path, monkeypatch):
             for name in ("heavy", "light"):
                 engine.store.request_cancel(engine.store.get(name).id)
 
+    start_at_once(2)
     run_together(
         engine,
         [
