@@ -8,28 +8,57 @@ finetune work is answered as the trainer would answer it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 BLOCK = 16
 TOKEN = 7  # what the model says
-CONFIG = {
+LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 16,
     "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
-    "intermediate_size": 4096, "vocab_size": 32000, "max_position_embeddings": 4096,
+    "intermediate_size": 4096, "vocab_size": 32000, "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+
+class Feed:
+    """Plays the thread that brings jobs: they come from `BareEngine.train`."""
+
+    def __init__(self, *_: Any) -> None:
+        self.retirement = SimpleNamespace(pending=False, in_use=frozenset())
+        self.wake: Callable[[], None] = lambda: None
+        self.ready: list[Any] = []
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def has_ready(self) -> bool:
+        return bool(self.ready)
+
+    def take(self) -> Any:
+        return self.ready.pop(0) if self.ready else None
+
+    def report(self, prepared: Any, record: Any) -> None: ...
+
+    def is_cancelled(self, job_id: str) -> bool:
+        return False
 
 
 class BareEngine:
     """Steps through `schedule` and `update_from_output`, as vLLM's engine core does.
 
     Args:
-        folder: for the model's configuration and the job store.
+        folder: for the model's configuration.
         blocks: of 16 tokens, in the KV cache.
+        model: changes to the configuration `LLAMA`.
+        device: what the scheduler thinks it runs on.
         co_serving: False for vLLM's own scheduler.
         options: of the server, vLLM's `--co-finetune-config`.
         engine: further fields of vLLM's EngineArgs.
@@ -40,6 +69,8 @@ class BareEngine:
         folder: Path,
         *,
         blocks: int,
+        model: Mapping[str, Any] | None = None,
+        device: str = "cpu",
         co_serving: bool = True,
         options: dict[str, Any] | None = None,
         **engine: Any,
@@ -54,9 +85,12 @@ class BareEngine:
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
+        from vllm_flexft.sched import scheduler as ours
+
         load_general_plugins()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(CONFIG))
+        shape: dict[str, Any] = {**LLAMA, **(model or {})}
+        (folder / "config.json").write_text(json.dumps(shape))
         co_finetune = {
             "co_finetune": [],
             "co_finetune_config": {"state_dir": str(folder / "state"), **(options or {})},
@@ -65,16 +99,20 @@ class BareEngine:
             "max_model_len": 2048,
             "max_num_seqs": 16,
             "max_num_batched_tokens": 2048,
-            "dtype": "float32",
+            "dtype": shape["torch_dtype"],
             "additional_config": co_finetune if co_serving else {},
             **engine,
         }
         config = EngineArgs(model=str(folder), **settings).create_engine_config()
         config.model_config.skip_tokenizer_init = True  # there is none
+        config.device_config.device_type = device
         config.cache_config.num_gpu_blocks = blocks + 1
         config.cache_config.block_size = BLOCK
         spec = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=4, head_size=64, dtype=torch.float32
+            block_size=BLOCK,
+            num_kv_heads=shape["num_key_value_heads"],
+            head_size=shape["head_dim"],
+            dtype=getattr(torch, shape["torch_dtype"]),
         )
         kv = KVCacheConfig(
             num_blocks=blocks + 1,
@@ -84,16 +122,19 @@ class BareEngine:
         cls: Any = config.scheduler_config.scheduler_cls or Scheduler
         if isinstance(cls, str):
             cls = resolve_obj_by_qualname(cls)
-        self.scheduler: Any = cls(
-            vllm_config=config,
-            kv_cache_config=kv,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
-            log_stats=True,
-        )
+        # What an earlier run learnt of step times is of another machine.
+        cache = mock.patch.dict(os.environ, VLLM_CACHE_ROOT=str(folder / "cache"))
+        with cache, mock.patch.object(ours, "JobFeed", Feed):
+            self.scheduler: Any = cls(
+                vllm_config=config,
+                kv_cache_config=kv,
+                structured_output_manager=StructuredOutputManager(config),
+                block_size=BLOCK,
+                log_stats=True,
+            )
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
-        self.worker = BookkeepingWorker(CONFIG["num_hidden_layers"])  # type: ignore[arg-type]
+        self.worker = BookkeepingWorker()
         self.num_preemptions = 0
         self._num_requests = 0
         preempt = self.scheduler._preempt_request
@@ -153,9 +194,7 @@ class BareEngine:
 
     def train(self, job: Any) -> None:
         """Have a PreparedJob trained, in place of one from the job store."""
-        feed = self.scheduler._feed
-        feed.report = lambda prepared, record: None
-        feed._ready.put(job)
+        self.scheduler._feed.ready.append(job)
 
     def close(self) -> None:
         self.scheduler.shutdown()
@@ -164,8 +203,8 @@ class BareEngine:
 class BookkeepingWorker:
     """Answers plans as the trainer does; every loss is 2."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers, self._window = num_layers, 0
+    def __init__(self) -> None:
+        self._window = 0
         self._slices: dict[int, tuple[Any, int]] = {}  # evaluations: micro-batch, slices left
         self.updates = self.tokens = 0
 
@@ -204,7 +243,7 @@ class BookkeepingWorker:
 def prepared_job(
     lengths: np.ndarray, folder: Path, *, valid: np.ndarray | None = None, **training: Any
 ) -> Any:
-    """A PreparedJob whose sequences have these lengths, the second half of each supervised."""
+    """A PreparedJob whose sequences have these lengths, supervised from their second token on."""
     from vllm_flexft.config import FinetuneJob
     from vllm_flexft.data.order import BatchOrder
     from vllm_flexft.sched.prepared import PreparedJob
@@ -241,12 +280,12 @@ def _sequences(lengths: np.ndarray) -> Any:
     from vllm_flexft.data.dataset import DataReport, TrainingData
 
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = int(offsets[-1])
-    position = np.arange(tokens, dtype=np.int32) - np.repeat(offsets[:-1], lengths).astype(np.int32)
-    supervised = position >= np.repeat(np.maximum(1, lengths // 2), lengths)
-    count = len(lengths)
+    tokens, count = int(offsets[-1]), len(lengths)
+    supervised = np.ones(tokens, bool)
+    supervised[offsets[:-1]] = False  # nothing predicts a first token
     report = DataReport(
         rows=count, sequences=count, truncated=0, dropped_overlong=0, dropped_no_target=0,
-        tokens=tokens, targets=int(np.count_nonzero(supervised)), max_length=int(lengths.max()),
+        tokens=tokens, targets=tokens - count, max_length=int(lengths.max()),
     )  # fmt: skip
-    return TrainingData(position % 1000 + 3, supervised, offsets, np.arange(count), report)
+    # Zeros that nobody writes to take no memory.
+    return TrainingData(np.zeros(tokens, np.int32), supervised, offsets, np.arange(count), report)

@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulation.bare import Feed, make_scheduler, prepared_job
-from benchmarks.simulation.engine import SimulatedRequest, Simulation, StepRecord, Worker
+import numpy as np
+
+from benchmarks.bare_scheduler import BLOCK, BareEngine, prepared_job
+from benchmarks.simulation.engine import SimulatedRequest, Simulation, StepRecord, Workload
 from benchmarks.simulation.plant import CPU, H200, LLAMA_8B, SMALL, Machine, Plant, Shape
 
 
@@ -59,6 +61,7 @@ CPU_SMALL = Setting(
     "2 cores, 121 M", CPU, SMALL, 60.0, 2000.0, 32, 128, 150, 40, (0.25, 0.5, 1, 1.5, 2, 3)
 )
 WARM_S = 5.0  # not measured: the latency model learns, the batch fills
+MEAN_ROW_TOKENS = 200  # of a training sequence
 RUN = 5  # steps; TPOT is a mean over a request's tokens, and an answer has more than so many
 SIGMA = 0.7  # of the lengths' logarithm
 
@@ -91,21 +94,25 @@ def simulate(
     **plant: Any,
 ) -> Simulation:
     """Run a load to its end. `rows` 0: without a job."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        feed = Feed(prepared_job(rows, folder)) if rows else Feed()
-        scheduler = make_scheduler(
-            folder,
-            setting.shape,
-            setting.machine,
-            feed,
-            tpot_ms=setting.tpot_ms,
-            ttft_ms=setting.ttft_ms,
+    machine, shape = setting.machine, setting.shape
+    with tempfile.TemporaryDirectory() as folder:
+        engine = BareEngine(
+            Path(folder),
+            blocks=int(machine.kv_bytes / shape.kv_bytes / BLOCK),
+            model=shape.config(),
+            device=machine.device,
+            options={"tpot_ms": setting.tpot_ms, "ttft_ms": setting.ttft_ms},
+            max_model_len=4096,
             max_num_seqs=setting.max_num_seqs,
             max_num_batched_tokens=setting.max_num_batched_tokens,
+            enable_prefix_caching=False,
         )
-        plant_of = Plant(setting.machine, setting.shape, seed=seed, **plant)
-        simulation = Simulation(scheduler, plant_of, Worker(setting.shape))
+        if rows:
+            of_rows = np.random.default_rng(0).integers(40, 2 * MEAN_ROW_TOKENS - 40, rows)
+            endless = {"train_batch_size": 8, "max_steps": 10**6, "save_steps": 10**9}
+            engine.train(prepared_job(of_rows, Path(folder) / "out", **endless))
+        plant_of = Plant(machine, shape, seed=seed, **plant)
+        simulation = Simulation(engine, plant_of, Workload(shape))
         simulation.run(arrivals(setting, spans, seed), sum(seconds for _, seconds in spans))
         return simulation
 

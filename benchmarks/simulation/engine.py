@@ -12,20 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
 
+from benchmarks.bare_scheduler import BareEngine
 from benchmarks.simulation.plant import Plant, Shape, StepWork
 from vllm_flexft.graph.grid import BackwardGrid
-from vllm_flexft.plan import (
-    PLAN_ATTRIBUTE,
-    RESULT_ATTRIBUTE,
-    MicroBatch,
-    StepPlan,
-    StepResult,
-)
+from vllm_flexft.plan import PLAN_ATTRIBUTE, MicroBatch, StepPlan
 from vllm_flexft.sched import scheduler as production
 
 
@@ -47,16 +39,16 @@ class Clock:
 
 
 @dataclass(slots=True)
-class Worker:
-    """Keeps the books of the finetune work that it is handed, and samples token 1 for requests."""
+class Workload:
+    """What steps have a worker do, from the plans alone."""
 
     shape: Shape
     _batches: dict[tuple[str, int], tuple[MicroBatch, BackwardGrid, int]] = field(
         default_factory=dict
     )  # of a job, with the slices done
 
-    def work(self, scheduler: Any, output: SchedulerOutput) -> StepWork:
-        """What the step would have a worker do."""
+    def of(self, scheduler: Any, output: SchedulerOutput) -> StepWork:
+        """Call once for each step, in their order."""
         rows, sampled = [], 0
         starts = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         for req_id, count in output.num_scheduled_tokens.items():
@@ -73,19 +65,6 @@ class Worker:
                 (loss_slices if top else layer_slices).append(piece)
         return StepWork(tuple(rows), sampled, tuple(layer_slices), tuple(loss_slices))
 
-    def answer(self, scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
-        ids = list(output.num_scheduled_tokens)
-        sampled: list[list[int]] = []
-        for req_id in ids:
-            request = scheduler.requests.get(req_id)
-            done = request is not None and request.num_computed_tokens >= request.num_tokens
-            sampled.append([1] if done else [])
-        answer = ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled)
-        results = tuple(self._result(plan) for plan in _plans(output))
-        if results:
-            setattr(answer, RESULT_ATTRIBUTE, results)
-        return answer
-
     def _slices(self, plan: StepPlan) -> Iterator[tuple[int, bool]]:
         """Tokens of each slice of a plan, and whether it is of the loss."""
         for batch in plan.begin:
@@ -101,12 +80,6 @@ class Worker:
             self._batches[key] = (batch, grid, done + part.count)
             if done + part.count == grid.num_slices:
                 del self._batches[key]
-
-    def _result(self, plan: StepPlan) -> StepResult:
-        step = plan.optimizer_step
-        if step is None:
-            return StepResult(plan.job_id, opened=plan.open_job is not None)
-        return StepResult(plan.job_id, updated_step=step.step, loss=1.0, grad_norm=1.0)
 
 
 def _plans(output: SchedulerOutput) -> tuple[StepPlan, ...]:
@@ -145,9 +118,9 @@ class Simulation:
         token_times: by request, when each of its tokens came.
     """
 
-    scheduler: Any
+    engine: BareEngine
     plant: Plant
-    worker: Worker
+    workload: Workload
     clock: Clock = field(default_factory=Clock)
     steps: list[StepRecord] = field(default_factory=list)
     token_times: dict[str, list[float]] = field(default_factory=dict)
@@ -165,30 +138,21 @@ class Simulation:
             while self.clock.now < end:
                 while todo and start + todo[-1].at_s <= self.clock.now:
                     self._add(todo.pop())
-                if self.scheduler.has_requests():
+                if self.engine.scheduler.has_requests():
                     self._step(start)
                 else:
                     self.clock.now = min(end, start + todo[-1].at_s) if todo else end
 
     def _add(self, request: SimulatedRequest) -> None:
-        name = f"r{len(self.token_times)}"
+        name = self.engine.ask(request.prompt_tokens, request.output_tokens)
         self.token_times[name] = []
         self._arrivals.append(request)
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True
-        )
-        prompt = [1] * request.prompt_tokens
-        self.scheduler.add_request(
-            Request(name, prompt, sampling_params=sampling, pooling_params=None)
-        )
 
     def _step(self, start: float) -> None:
-        began = self.clock.now
-        output = self.scheduler.schedule()
-        work = self.worker.work(self.scheduler, output)
-        alone = {
-            r: n for r, n in output.num_scheduled_tokens.items() if r in self.scheduler.requests
-        }
+        began, scheduler = self.clock.now, self.engine.scheduler
+        output = scheduler.schedule()
+        work = self.workload.of(scheduler, output)
+        alone = {r: n for r, n in output.num_scheduled_tokens.items() if r in scheduler.requests}
         rows = tuple(
             row
             for row, req_id in zip(work.rows, output.num_scheduled_tokens, strict=True)
@@ -201,8 +165,8 @@ class Simulation:
             StepRecord(
                 start=began - start,
                 seconds=seconds,
-                running=len(self.scheduler.running),
-                waiting=len(self.scheduler.waiting),
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
                 inference_tokens=sum(alone.values()),
                 decode_rows=sum(n == 1 for n in alone.values()),
                 finetune_tokens=finetune_tokens,
@@ -212,11 +176,11 @@ class Simulation:
             )
         )
         self.clock.now += seconds
-        answer = self.worker.answer(self.scheduler, output)
+        answer = self.engine.execute(output)
         for req_id, sampled in zip(answer.req_ids, answer.sampled_token_ids, strict=True):
             if sampled:
                 self.token_times[req_id].append(self.clock.now - start)
-        self.scheduler.update_from_output(output, answer)
+        scheduler.update_from_output(output, answer)
 
     @contextmanager
     def _clocks(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,19 @@ class Shape:
     def kv_bytes(self) -> int:
         """Of one token in all layers."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+    def config(self) -> dict[str, Any]:
+        """What differs from another Llama's `config.json`."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "torch_dtype": "bfloat16",
+        }
 
 
 LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128, 128_256)
