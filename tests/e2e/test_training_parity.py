@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 LOSS = 1e-4  # absolute, at every step
 ADAPTER = 1e-3  # |ours - theirs| / |theirs|, Frobenius, of each final A and B
 MAX_LENGTH = 384
+BLOCK = 128  # tokens of a KV block on CPU
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEFT = {"r": 8, "lora_alpha": 16, "target_modules": MODULES}
 
@@ -257,6 +258,29 @@ def test_result_does_not_depend_on_how_steps_are_cut(
     assert any(len(batch.offsets) > 2 for batch in plans.micro_batches), "nothing was packed"
     assert plans.updates[0] > 1, "one micro-batch a step: nothing was accumulated"
     check(record, train_loop(case.reference, case.batches(24, 4), learning_rate=2e-3))
+
+
+def test_keys_behind_a_sliding_window_are_kept_for_the_backward(
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    work_a_step: Callable[[Callable[[], float]], None],
+) -> None:
+    """vLLM frees the first block of a sequence once the window has left it."""
+    from make_model import SLIDING_WINDOW, make_model
+
+    mistral = make_model(tmp_path / "mistral", arch="mistral", size="tiny")
+    engine = CoServingEngine(mistral, tmp_path_factory.mktemp("state"), max_num_seqs=4)
+    # supervised to the front: a layer carries a gradient back no further than its window
+    rows = [(f"Count {i}.", f" It is {i}." * (50 + i)) for i in range(12)]
+    case = Case(mistral, tmp_path, rows, trained_before=True)
+    assert min(len(ids) for ids, _ in case.rows) > BLOCK + SLIDING_WINDOW + 16
+    case.job["training"] = {"learning_rate": 2e-3, "max_steps": 3, "train_batch_size": 4}
+    plans = PlanLog.attach(engine, monkeypatch)
+    work_a_step(lambda: 100.0)  # a long sequence is cut: vLLM frees before the next chunk
+    record, _ = train(engine, case.job)
+    assert plans.chunks > 12 + 4
+    check(record, train_loop(case.reference, case.batches(4, 3), learning_rate=2e-3))
 
 
 def test_training_goes_on_from_requests_that_hold_every_slot(

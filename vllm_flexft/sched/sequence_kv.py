@@ -6,8 +6,6 @@ are not prefix-cached: its keys depend on adapter weights that change with every
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
@@ -26,6 +24,9 @@ class SequenceKV:
             sampling_params=NO_SAMPLING,
             pooling_params=None,
         )
+        # vLLM frees the blocks behind a sliding window, but not what is in flight. The backward
+        # still reads them.
+        self.request.num_in_flight_tokens = num_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -41,7 +42,6 @@ class KVLender:
         self._reserved_blocks = reserved_blocks
         self._held: set[str] = set()
         self.num_blocks = 0  # lent
-        self._keep_whole_sequences()
 
     def extend(self, sequence: SequenceKV, num_tokens: int) -> bool:
         """Blocks for the next `num_tokens`; False when inference may need them."""
@@ -72,17 +72,6 @@ class KVLender:
             self._manager.free(sequence.request)
             self.num_blocks += free - self._manager.block_pool.get_num_free_blocks()
         sequence.request.num_computed_tokens = 0
-
-    def _keep_whole_sequences(self) -> None:
-        """Sliding-window layers drop blocks behind the window; the backward still reads them."""
-        coordinator: Any = self._manager.coordinator
-        original = coordinator.remove_skipped_blocks
-
-        def remove_skipped_blocks(request_id: str, *args: Any, **kwargs: Any) -> None:
-            if not request_id.startswith(KV_ID_PREFIX):
-                original(request_id, *args, **kwargs)
-
-        coordinator.remove_skipped_blocks = remove_skipped_blocks
 
 
 KV_ID_PREFIX = "flexft-kv-"
