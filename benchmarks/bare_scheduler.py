@@ -212,7 +212,7 @@ class BookkeepingWorker:
         from vllm_flexft.plan import EvaluationLoss, StepResult, Written
 
         if plan.open_job is not None:
-            self._window = plan.open_job.window
+            self._window = plan.open_job.windows.loss
         for batch in plan.begin:
             if not batch.train:
                 self._slices[batch.id] = batch, -(-batch.num_tokens // self._window)

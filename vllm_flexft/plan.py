@@ -23,6 +23,14 @@ RESULT_ATTRIBUTE = "flexft_result"  # on ModelRunnerOutput
 
 
 @dataclass(frozen=True, slots=True)
+class Windows:
+    """Tokens of a backward slice: see graph/grid.py."""
+
+    layer: int
+    loss: int
+
+
+@dataclass(frozen=True, slots=True)
 class OpenJob:
     """Make the worker ready to train: adapter, optimizer, activation lanes."""
 
@@ -32,7 +40,7 @@ class OpenJob:
     output_dir: str
     base_model: str
     lora_int_id: int
-    window: int  # tokens of a backward window
+    windows: Windows  # of the backward
     lane_tokens: int  # capacity of an activation lane = most tokens of a micro-batch
     num_lanes: int
     activation_policy: ActivationPolicy

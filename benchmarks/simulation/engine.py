@@ -61,15 +61,16 @@ class Workload:
         layer_slices: list[int] = []
         loss_slices: list[int] = []
         for plan in _plans(output):
-            for piece, top in self._slices(plan):
+            for piece, top in self._slices(scheduler, plan):
                 (loss_slices if top else layer_slices).append(piece)
         return StepWork(tuple(rows), sampled, tuple(layer_slices), tuple(loss_slices))
 
-    def _slices(self, plan: StepPlan) -> Iterator[tuple[int, bool]]:
+    def _slices(self, scheduler: Any, plan: StepPlan) -> Iterator[tuple[int, bool]]:
         """Tokens of each slice of a plan, and whether it is of the loss."""
         for batch in plan.begin:
             lowest = 0 if batch.train else self.shape.layers
-            grid = BackwardGrid(batch.num_tokens, production.WINDOW, self.shape.layers, lowest)
+            windows = scheduler._costs.windows(production.WINDOW)
+            grid = BackwardGrid(batch.num_tokens, windows, self.shape.layers, lowest)
             self._batches[plan.job_id, batch.id] = (batch, grid, 0)
         for part in plan.backward:
             key = (plan.job_id, part.micro_batch)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_flexft.config import FinetuneJob
-from vllm_flexft.plan import MicroBatch, OpenJob
+from vllm_flexft.plan import MicroBatch, OpenJob, Windows
 from vllm_flexft.train.adapter import Target
 from vllm_flexft.train.model import LoraSlot, ServedModel
 from vllm_flexft.train.trainer import Trainer
@@ -45,7 +45,7 @@ def trainer_of(
         output_dir="",
         base_model="",
         lora_int_id=1,
-        window=window,
+        windows=Windows(layer=window, loss=max(1, window // 2)),
         lane_tokens=tokens,
         num_lanes=1,
         activation_policy=policy,

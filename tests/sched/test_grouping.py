@@ -6,12 +6,13 @@ from typing import Any
 from harness.training_data import training_data
 
 from vllm_flexft.data.dataset import TrainingSequence
+from vllm_flexft.plan import Windows
 from vllm_flexft.sched.grouping import MicroBatchQueue
 from vllm_flexft.sched.room import Limits
 
 LIMITS: dict[str, Any] = {
-    "window": 32, "lane_tokens": 100, "num_lanes": 2, "max_rows": 4, "lowest_layer": 0,
-    "kv_blocks": 64, "block_size": 16, "activation_policy": "fast",
+    "windows": Windows(32, 32), "lane_tokens": 100, "num_lanes": 2, "max_rows": 4,
+    "lowest_layer": 0, "kv_blocks": 64, "block_size": 16, "activation_policy": "fast",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from harness.rooms import unit_room
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_flexft.plan import EvaluationLoss, MicroBatch, StepPlan, StepResult, Written
+from vllm_flexft.plan import EvaluationLoss, MicroBatch, StepPlan, StepResult, Windows, Written
 from vllm_flexft.sched.costs import UnitCosts
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EvalRecord, StepRecord
@@ -17,7 +17,7 @@ from vllm_flexft.sched.room import Limits, PlannedWork, Room
 from vllm_flexft.sched.run import FinetuneRun
 from vllm_flexft.sched.sequence_kv import KVLender
 
-LAYERS, WINDOW, LANE, MAX_ROWS, BLOCK = 3, 32, 128, 4, 16
+LAYERS, WINDOW, LOSS_WINDOW, LANE, MAX_ROWS, BLOCK = 3, 32, 20, 128, 4, 16
 COSTS = UnitCosts(num_layers=LAYERS, layer_parameters=1000, head_parameters=500)
 
 
@@ -37,8 +37,8 @@ class BookKeeper:
         self.opened = False
 
     def num_slices(self, batch: MicroBatch) -> int:
-        windows = -(-batch.num_tokens // WINDOW)
-        return windows * (1 + (LAYERS if batch.train else 0))
+        layers = LAYERS if batch.train else 0
+        return -(-batch.num_tokens // LOSS_WINDOW) + layers * -(-batch.num_tokens // WINDOW)
 
     def run(self, plan: StepPlan, work: PlannedWork) -> StepResult:
         if plan.open_job is not None:
@@ -100,7 +100,7 @@ class BookKeeper:
 
 def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:
     limits = Limits(
-        window=WINDOW,
+        windows=Windows(layer=WINDOW, loss=LOSS_WINDOW),
         lane_tokens=LANE,
         num_lanes=2,
         max_rows=MAX_ROWS,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from vllm_flexft.data.dataset import TrainingSequence
 from vllm_flexft.graph.grid import BackwardGrid
-from vllm_flexft.plan import MicroBatch
+from vllm_flexft.plan import MicroBatch, Windows
 from vllm_flexft.sched.sequence_kv import KV_ID_PREFIX, KVLender, SequenceKV
 
 
@@ -39,7 +39,7 @@ class ScheduledMicroBatch:
         loss_scale: float,
         train: bool,
         kv_prefix: str,  # of the names of its blocks, unlike any other job's
-        grid_of: tuple[int, int, int],  # window, num_layers, lowest_layer
+        grid_of: tuple[Windows, int, int],  # num_layers, lowest_layer
     ) -> None:
         self.step, self.lane = step, lane
         lengths = [len(s.token_ids) for s in sequences]
@@ -56,10 +56,10 @@ class ScheduledMicroBatch:
             loss_scale=loss_scale,
             train=train,
         )
-        window, num_layers, lowest = grid_of
+        windows, num_layers, lowest = grid_of
         self.grid = BackwardGrid(
             num_tokens=offsets[-1],
-            window=window,
+            windows=windows,
             num_layers=num_layers,
             lowest_layer=lowest if train else num_layers,
         )
@@ -117,16 +117,16 @@ class ScheduledMicroBatch:
 def slice_amounts(grid: BackwardGrid, batch: MicroBatch) -> npt.NDArray[np.float64]:
     """What the slices before each one hold, (slices + 1, 3): rows of the loss, tokens x layers,
     keys attended x layers. In the order in which the grid runs them."""
-    starts = np.arange(0, grid.num_tokens, grid.window)
+    loss_borders = np.arange(0, grid.num_tokens, grid.windows.loss)
+    layer_borders = np.arange(0, grid.num_tokens, grid.windows.layer)
     rows = np.zeros(grid.num_tokens)
     rows[:-1] = batch.supervised[1:]  # row t predicts token t + 1
     lengths = np.diff(batch.offsets)
     attended = np.arange(1.0, grid.num_tokens + 1) - np.repeat(batch.offsets[:-1], lengths)
-    per_window = np.add.reduceat(
-        np.stack([rows, np.ones(grid.num_tokens), attended], axis=1), starts
-    )[::-1]
     amounts = np.zeros((grid.num_slices + 1, 3))
-    stages = amounts[1:].reshape(-1, grid.num_windows, 3)
-    stages[0, :, 0] = per_window[:, 0]
-    stages[1:, :, 1:] = per_window[:, 1:]
+    loss, layers = np.split(amounts[1:], [grid.num_loss_slices])
+    layers = layers.reshape(-1, grid.num_layer_windows, 3)
+    loss[:, 0] = np.add.reduceat(rows, loss_borders)[::-1]
+    layers[:, :, 1] = np.diff(layer_borders, append=grid.num_tokens)[::-1]
+    layers[:, :, 2] = np.add.reduceat(attended, layer_borders)[::-1]
     return np.cumsum(amounts, axis=0, out=amounts)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_flexft.config import ActivationPolicy
-from vllm_flexft.plan import BackwardSlices, Chunk, OptimizerStep, SaveRequest
+from vllm_flexft.plan import BackwardSlices, Chunk, OptimizerStep, SaveRequest, Windows
 from vllm_flexft.plan import MicroBatch as MicroBatchSpec
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, Vector
 from vllm_flexft.sched.planner import Budget
@@ -23,7 +23,7 @@ SLICE_FEATURES = slice(Feature.LOSS, Feature.UPDATE)  # what a backward slice co
 class Limits:
     """What a job may take of the engine."""
 
-    window: int
+    windows: Windows
     lane_tokens: int
     num_lanes: int
     max_rows: int  # sequences with chunks in one batch

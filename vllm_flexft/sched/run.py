@@ -224,7 +224,7 @@ class FinetuneRun:
             loss_scale=self._loss_scale,
             train=not self._evaluating,
             kv_prefix=f"{self.lora_id}-",
-            grid_of=(self.limits.window, self._num_layers, self.limits.lowest_layer),
+            grid_of=(self.limits.windows, self._num_layers, self.limits.lowest_layer),
         )
         self._active.append(batch)
         return batch
@@ -321,7 +321,7 @@ class FinetuneRun:
             output_dir=str(prepared.output_dir),
             base_model=self._base_model,
             lora_int_id=self.lora_id,
-            window=limits.window,
+            windows=limits.windows,
             lane_tokens=limits.lane_tokens,
             num_lanes=limits.num_lanes,
             activation_policy=limits.activation_policy,

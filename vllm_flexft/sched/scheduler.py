@@ -89,8 +89,9 @@ class CoServeMixin(_SchedulerBase):
         self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
+        self._costs = UnitCosts.of(self._shape)
         device = self.vllm_config.device_config.device_type
-        model = LatencyModel(UnitCosts.of(self._shape).prior(device))
+        model = LatencyModel(self._costs.prior(device))
         self._latency_file = latency_file(self.vllm_config)
         self._latency_file.load(model)
         trace = StepTrace() if config.options.step_trace is not None else None
@@ -291,7 +292,7 @@ class CoServeMixin(_SchedulerBase):
             Lanes(NUM_LANES, MIN_LANE_TOKENS), prepared.longest, memory_bytes
         )
         limits = Limits(
-            window=WINDOW,
+            windows=self._costs.windows(WINDOW),
             lane_tokens=lanes.tokens,
             num_lanes=lanes.count,
             max_rows=self._co_serve.options.max_rows_in_flight,

@@ -122,7 +122,7 @@ class Trainer:
                 top = len(self.model.layers)
                 grid = BackwardGrid(
                     num_tokens=batch.num_tokens,
-                    window=self.setup.window,
+                    windows=self.setup.windows,
                     num_layers=top,
                     lowest_layer=self.adapter.lowest_layer if batch.train else top,
                 )
