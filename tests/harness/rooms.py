@@ -34,7 +34,9 @@ def unit_room(
 def work_a_step(patch: pytest.MonkeyPatch, units: Callable[[], float]) -> None:
     """The engine's steps get `units()` of finetune work each, and no more."""
 
-    def room(self: Pacer, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True) -> Room:
+    def room(
+        self: Pacer, now: float, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True
+    ) -> Room:
         size = units()
         idle = load.num_tokens == 0 and load.num_waiting == 0
         budget = Budget(size, 0.0, size, 0.0, 0.0, idle)

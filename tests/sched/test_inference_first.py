@@ -106,6 +106,31 @@ def test_finetuning_goes_on_beside_steady_decoding(engines: tuple[BareEngine, Ba
     assert ours.worker.updates > updates
 
 
+def test_a_request_is_held_to_its_objective_from_its_first_token_to_its_end(
+    engines: tuple[BareEngine, BareEngine],
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    _, ours = engines
+    tokens, requests = ours.scheduler._pacer.tokens, ours.scheduler.requests
+    for length in (30, 250, 40):
+        ours.ask(length, 3 + length // 10)
+    aborted = ours.ask(20, 300)
+    most = 0
+    for step in range(60):
+        if step == 20:
+            ours.scheduler.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+        ours.step()
+        decoding = {name for name, request in requests.items() if request.num_output_tokens}
+        assert decoding <= tokens._start.keys()
+        most = max(most, len(tokens))
+        if not requests:
+            break
+    ours.step()
+    assert most == 4
+    assert len(tokens) == 0
+
+
 def test_all_lent_blocks_come_back(engines: tuple[BareEngine, BareEngine]) -> None:
     _, ours = engines
     for _ in range(20):

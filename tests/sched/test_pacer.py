@@ -26,7 +26,7 @@ class Server:
     def step(self, load: StepLoad) -> tuple[float, float]:
         """Its seconds, and finetune tokens in it."""
         self.count += 1
-        room = self.pacer.room(load, tokens=2048, rows=8)
+        room = self.pacer.room(self.now, load, tokens=2048, rows=8)
         if tokens := room.fit_chunk(0, 10**6, 16):
             room.take_chunk(0, tokens)
         scheduled = self.now
@@ -143,7 +143,7 @@ def test_time_between_steps_counts_unless_the_engine_waited_for_work():
 
 def test_a_step_whose_time_says_nothing_is_not_learnt_from():
     pacer = Pacer(LatencyModel(PRIOR), Objectives())
-    room = pacer.room(IDLE, tokens=100, rows=1)
+    room = pacer.room(0.0, IDLE, tokens=100, rows=1)
     room.take_chunk(0, 50)
     pacer.planned(1, 0.0, IDLE, room, measurable=False)
     pacer.finished(1, 60.0)

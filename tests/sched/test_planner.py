@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from vllm_flexft.sched.latency import Feature, LatencyModel
 from vllm_flexft.sched.planner import (
     CREDIT_SHARE,
-    TPOT_MARGIN,
+    MIN_SHARE_CREDIT_S,
     TTFT_SHARE,
     Objectives,
     StepLoad,
     allow,
     carry,
 )
+from vllm_flexft.sched.token_times import TokenTimes
 
 FIXED = settings(derandomize=True, max_examples=150, deadline=None)
 IDLE = StepLoad()
@@ -43,21 +44,23 @@ MODEL = learnt()
 @FIXED
 @given(loads, objectives, st.floats(0, 1), st.integers(0, 20))
 def test_inference_and_budget_together_keep_the_objective(
-    load: StepLoad, objectives: Objectives, credit: float, steps: int
+    load: StepLoad, objectives: Objectives, due_s: float, steps: int
 ):
-    budget = allow(load, objectives, learnt(steps), credit)
+    budget = allow(load, objectives, learnt(steps), due_s=due_s)
     assert 0 <= budget.seconds < float("inf")
     if load.num_tokens and budget.seconds:
-        assert budget.bound + budget.seconds <= TPOT_MARGIN * objectives.tpot_s + 1e-12
+        assert budget.bound + budget.seconds <= min(objectives.step_s, due_s) + 1e-12
+        assert budget.bound + budget.seconds + budget.credit <= due_s + 1e-12
+        assert budget.credit <= CREDIT_SHARE * objectives.tpot_s
 
 
 @FIXED
 @given(loads, objectives, st.floats(0, 1))
 def test_nothing_is_allowed_while_requests_wait_that_could_run(
-    load: StepLoad, objectives: Objectives, credit: float
+    load: StepLoad, objectives: Objectives, due_s: float
 ):
     waiting = StepLoad(load.decode_rows, load.prefill_tokens, load.context, num_waiting=1)
-    budget = allow(waiting, objectives, MODEL, credit)
+    budget = allow(waiting, objectives, MODEL, due_s=due_s)
     assert budget.seconds == 0
     assert budget.credit == 0
     assert "wait" in budget.reason
@@ -70,35 +73,70 @@ def test_a_step_without_requests_lasts_at_most_a_part_of_the_first_token_objecti
 
 
 def test_inference_that_needs_all_of_the_objective_leaves_nothing_and_says_so():
-    budget = allow(DECODE, Objectives.of(5, None), MODEL, credit=1.0)
+    budget = allow(DECODE, Objectives.of(5, None), MODEL, due_s=1.0)
     assert budget.seconds == budget.credit == 0
     assert "TPOT" in budget.reason
 
 
 @FIXED
-@given(st.lists(st.tuples(loads, st.floats(0, 1)), min_size=1, max_size=50), objectives)
-def test_over_any_run_of_steps_the_objective_holds_on_average(steps: list, objectives: Objectives):
-    """However much of budget and credit each step spends."""
-    credit, over, limit = 0.0, 0.0, TPOT_MARGIN * objectives.tpot_s
-    for load, part in steps:
-        budget = allow(load, objectives, MODEL, credit)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1), st.booleans()), min_size=1, max_size=60),
+    st.floats(0.02, 0.5),
+)
+def test_a_step_with_finetuning_ends_before_the_next_token_of_any_request_is_due(
+    steps: list, tpot_s: float
+):
+    """However much of budget and credit each step spends, whatever came before it."""
+    goal = Objectives(tpot_s)
+    times, now = TokenTimes(goal.step_s), 100.0
+    running: dict[str, list[float]] = {}  # request -> times of its tokens
+    for number, (load, part, stalls) in enumerate(steps):
+        prefill = (0, 0, 500, 2000)[load]
+        budget = allow(
+            StepLoad(len(running), prefill, 4000), goal, MODEL, due_s=times.due(now) - now
+        )
         spent = part * (budget.seconds + budget.credit)
-        credit = carry(budget, objectives, credit, spent)
-        if not budget.idle and load.num_tokens and budget.seconds:
-            over = max(0.0, over + budget.bound + spent - limit)
-            assert over <= CREDIT_SHARE * objectives.tpot_s + 1e-9
-        else:
-            over = 0.0  # what inference does alone is not ours
+        times.step()
+        now += budget.bound + spent + 0.3 * stalls
+        for tokens in running.values():
+            tokens.append(now)
+        if budget.seconds and not budget.idle and not stalls:
+            for tokens in running.values():
+                assert tokens[-1] - tokens[0] <= (len(tokens) - 1) * goal.step_s + 1e-9
+        if load:
+            running[str(number)] = [now]
+            times.first_token(str(number), now)
+        if len(running) > 4:
+            first = next(iter(running))
+            del running[first]
+            times.ended([first])
 
 
-def test_credit_is_what_steps_left_and_is_used_up_by_what_they_take():
+def test_credit_is_what_all_requests_have_saved():
     goal = Objectives.of(50, None)
-    budget = allow(DECODE, goal, MODEL)
-    saved = carry(budget, goal, 0.0, spent=0.0)
-    assert saved == pytest.approx(min(budget.seconds, CREDIT_SHARE * 0.050))
-    again = allow(DECODE, goal, MODEL, saved)
-    assert carry(again, goal, saved, spent=again.seconds + saved) == 0
-    assert carry(allow(IDLE, goal, MODEL), goal, saved, 0.0) == 0
+    fresh = allow(DECODE, goal, MODEL, due_s=goal.step_s)
+    assert fresh.credit == 0
+    saved = allow(DECODE, goal, MODEL, due_s=goal.step_s + 0.02)
+    assert (saved.seconds, saved.credit) == (fresh.seconds, pytest.approx(0.02))
+    assert allow(DECODE, goal, MODEL, due_s=9.0).credit == CREDIT_SHARE * goal.tpot_s
+    assert allow(DECODE, goal, MODEL).credit == 0  # nobody is in decode
+
+
+def test_a_late_request_is_given_back_what_it_lost():
+    goal = Objectives.of(50, None)
+    late = allow(DECODE, goal, MODEL, due_s=goal.step_s - 0.01)
+    assert late.seconds == pytest.approx(allow(DECODE, goal, MODEL).seconds - 0.01)
+    assert allow(DECODE, goal, MODEL, due_s=-1.0).seconds == 0
+
+
+def test_a_min_share_that_no_piece_of_work_fits_is_saved_for_it():
+    goal, saved = Objectives.of(1, None, min_share=0.2), 0.0
+    for _ in range(1000):
+        budget = allow(DECODE, goal, MODEL, share_credit=saved)
+        assert budget.credit == saved
+        saved = carry(budget, goal, saved, spent=0.0)
+    assert saved == MIN_SHARE_CREDIT_S
+    assert carry(allow(DECODE, Objectives(), MODEL), Objectives(), saved, 0.0) == 0
 
 
 def test_min_share_gives_finetuning_its_part_whatever_the_objective():

@@ -47,14 +47,13 @@ loads = st.builds(StepLoad, st.integers(1, 64), st.sampled_from([0, 300]), st.in
 
 
 @FIXED
-@given(loads, st.floats(0.01, 1.0), st.floats(0, 0.5), pieces)
+@given(loads, st.floats(0.01, 1.0), st.floats(0, 1.5), pieces)
 def test_no_plan_exceeds_what_the_model_allows(
-    load: StepLoad, tpot_s: float, credit: float, pieces: list
+    load: StepLoad, tpot_s: float, due_s: float, pieces: list
 ):
     """Whatever is asked for in whatever order, the bound of the whole step keeps the objective,
-    and its credit."""
-    objectives = Objectives(tpot_s=tpot_s)
-    budget = allow(load, objectives, MODEL, min(credit, objectives.max_credit_s))
+    and what requests have saved of it."""
+    budget = allow(load, Objectives(tpot_s=tpot_s), MODEL, due_s=due_s)
     room = Room(
         budget, MODEL.prices(), tokens=2000, rows=8, load=load.features(), bound=MODEL.upper
     )
@@ -68,6 +67,7 @@ def test_no_plan_exceeds_what_the_model_allows(
             room.fit_parameters(Feature.UPDATE, first)
     _, bound = MODEL.predict(load.features() + room.features)
     assert bound <= max(budget.limit + budget.credit, budget.bound) + 1e-9
+    assert not room.spent or bound <= due_s + 1e-9
     assert room.spent <= budget.seconds + budget.credit + 1e-9
 
 

@@ -1,9 +1,9 @@
 """Sets finetuning's pace: before each step its room, after each what there is to learn.
 
-Holds the latency model, the objectives and the credit of past steps; the same object runs in the
-engine and in the simulator. Time is passed in, nothing is read from a clock or from vLLM.
+Holds the latency model, the objectives and when tokens are due; the same object runs in the engine
+and in the simulator. Time is passed in, nothing is read from a clock or from vLLM.
 
-    room = pacer.room(load, tokens=..., rows=...)       # planning draws it down
+    room = pacer.room(now, load, tokens=..., rows=...)  # planning draws it down
     pacer.planned(key, now, load, room)                 # once a step, with or without finetuning
     pacer.finished(key, now)                            # when its output is there
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from vllm_flexft.sched.latency import Feature, LatencyModel, Vector
 from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow, carry
 from vllm_flexft.sched.room import Room
+from vllm_flexft.sched.token_times import TokenTimes
 from vllm_flexft.sched.trace import StepTrace
 
 # Steps without a job teach what inference costs: all of the first, then a few.
@@ -39,16 +40,42 @@ class Pacer:
     def __init__(
         self, model: LatencyModel, objectives: Objectives, trace: StepTrace | None = None
     ) -> None:
-        self.model, self.objectives, self.trace = model, objectives, trace
-        self.credit = 0.0
+        self.model, self.trace = model, trace
+        self.tokens = TokenTimes(objectives.step_s)
+        self.objectives = objectives
+        self._share_credit = 0.0
+        self._busy_until = 0.0  # by the bounds of the steps in flight
         self._running: dict[Hashable, _Running] = {}
         self._last_finish: float | None = None  # None: the engine has waited for work since
         self._num_quiet = 0  # steps without a job
         self._num_refused = 0  # steps with time for finetuning that no piece of it fitted
 
-    def room(self, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True) -> Room:
+    @property
+    def objectives(self) -> Objectives:
+        return self._objectives
+
+    @objectives.setter
+    def objectives(self, objectives: Objectives) -> None:
+        self._objectives = objectives
+        self.tokens.set_objective(objectives.step_s)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were planned and have not finished."""
+        return len(self._running)
+
+    def room(
+        self, now: float, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True
+    ) -> Room:
         """What finetuning may do in a step; `tokens`, `rows`: what inference left of them."""
-        budget = allow(load, self.objectives, self.model, self.credit)
+        start = self._start(now)
+        budget = allow(
+            load,
+            self._objectives,
+            self.model,
+            due_s=self.tokens.due(start) - start,
+            share_credit=self._share_credit,
+        )
         probing = self._num_refused >= PROBE_AFTER
         return Room(
             budget,
@@ -78,6 +105,8 @@ class Pacer:
             measurable: its time says something about its work; not if it waits for a disk.
             blocks: of the KV cache, held by finetuning and free.
         """
+        if load.decode_rows:
+            self.tokens.step()
         if room is None:
             self._num_quiet += 1
             many = self._num_quiet > WARM_STEPS and self._num_quiet % SAMPLE_EVERY
@@ -92,10 +121,17 @@ class Pacer:
             refused = room.budget.seconds > 0.0 and room.spent == 0.0 and bool(room.lacking)
             probed = self._num_refused >= PROBE_AFTER
             self._num_refused = self._num_refused + 1 if refused and not probed else 0
-            self.credit = carry(room.budget, self.objectives, self.credit, room.spent)
+            budget = room.budget
+            self._share_credit = carry(budget, self._objectives, self._share_credit, room.spent)
+            self._busy_until = self._start(now) + budget.bound + room.spent
         if self.trace is not None:
             record = self._record(self.trace, now, load, room, features, blocks)
         self._running[key] = _Running(features, now, self._follows, measurable, record)
+
+    def _start(self, now: float) -> float:
+        """When a step that is planned now starts: with asynchronous scheduling, after those that
+        still run."""
+        return max(now, self._busy_until) if self._running else now
 
     @property
     def _follows(self) -> bool:

@@ -1,13 +1,14 @@
 """How much time finetuning may take of a step: what inference leaves of its latency objectives.
 
-A pure function of the step's inference load, the objectives, the latency model, and the time that
-earlier steps saved.
+A pure function of the step's inference load, the objectives, the latency model, and the time by
+which the next tokens are due.
 
 - Requests in the step: the upper bound of its predicted time, finetuning included, stays below the
-  TPOT objective. What a step leaves unused is credit for later ones, up to `CREDIT_SHARE` of the
-  objective: TPOT is a mean over a request's tokens, and a piece of work that cannot be cut (a
-  backward slice, an update, a snapshot) may be longer than the room of any one step. Over any run
-  of steps the bounds still sum up to no more than the objective a step and that share.
+  TPOT objective, and ends before the next token of any request is due (sched/token_times.py): a
+  request that was late, by prefill in its steps or by a stall, is first given back what it lost.
+  What all of them have saved is credit, up to `CREDIT_SHARE` of the objective, for a piece of work
+  that cannot be cut (a backward slice, an update, a snapshot) and may be longer than the room of
+  any one step.
 - No requests: a new arrival waits for the running step, so it is bounded by a part of the TTFT
   objective.
 - Requests that could run are waiting for a place: nothing.
@@ -17,6 +18,7 @@ earlier steps saved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +29,7 @@ DEFAULT_TPOT_MS = 50.0
 DEFAULT_TTFT_MS = 5000.0
 TPOT_MARGIN = 0.9  # of the objective; the rest is what a token spends outside the engine's step
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
-# Of the TPOT objective: no step is longer than twice it. A request of n tokens that meets all of
-# what was saved before it came is over by 1 / (n - 1) of that at most.
-CREDIT_SHARE = 1.0
+CREDIT_SHARE = 1.0  # of the TPOT objective: no step is longer than twice it
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
 
@@ -68,9 +68,9 @@ class Objectives:
         return cls(tpot / 1e3, ttft / 1e3, min_share)
 
     @property
-    def max_credit_s(self) -> float:
-        saved = CREDIT_SHARE * self.tpot_s
-        return max(saved, MIN_SHARE_CREDIT_S) if self.min_share else saved
+    def step_s(self) -> float:
+        """What a step may take for the objective's sake."""
+        return TPOT_MARGIN * self.tpot_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +87,42 @@ class Budget:
 
 
 def allow(
-    load: StepLoad, objectives: Objectives, model: LatencyModel, credit: float = 0.0
+    load: StepLoad,
+    objectives: Objectives,
+    model: LatencyModel,
+    *,
+    due_s: float = math.inf,
+    share_credit: float = 0.0,
 ) -> Budget:
-    """`credit`: seconds that `carry` returned after the step before."""
+    """
+    Args:
+        due_s: until the next token of some request in the step is due.
+        share_credit: what `carry` returned after the step before.
+    """
     if load.num_tokens == 0:
         limit = TTFT_SHARE * objectives.ttft_s
         if load.num_waiting:
             return Budget(0.0, 0.0, limit, 0.0, 0.0, False, "requests wait for memory")
         return Budget(limit, 0.0, limit, 0.0, 0.0, True)
     predicted, bound = model.predict(load.features())
-    limit = TPOT_MARGIN * objectives.tpot_s
-    share = objectives.min_share
-    floor = predicted * share / (1.0 - share) if share else 0.0
+    limit, credit = min(objectives.step_s, due_s), 0.0
     if load.num_waiting:
-        slack, credit, reason = 0.0, credit if share else 0.0, "requests wait for a place"
+        slack, reason = 0.0, "requests wait for a place"
     else:
         slack, reason = limit - bound, "inference needs all of the TPOT objective"
-    seconds = max(slack, floor, 0.0)
-    if seconds > 0.0:
+    if slack > 0.0:
         reason = ""
-    else:
-        credit = 0.0
-    return Budget(seconds, credit, limit, predicted, bound, False, reason)
+        if due_s < math.inf:
+            credit = min(due_s - limit, CREDIT_SHARE * objectives.tpot_s)
+    if share := objectives.min_share:
+        floor = predicted * share / (1.0 - share)
+        slack, credit, reason = max(slack, floor), max(credit, share_credit), ""
+    return Budget(max(0.0, slack), credit, limit, predicted, bound, False, reason)
 
 
-def carry(budget: Budget, objectives: Objectives, credit: float, spent: float) -> float:
-    """The credit after a step that spent so many seconds of `budget`."""
-    if budget.idle or budget.predicted == 0.0:
+def carry(budget: Budget, objectives: Objectives, share_credit: float, spent: float) -> float:
+    """What finetuning has not had of its `min_share`, after a step that spent so many seconds of
+    `budget`: a piece that cannot be cut may be longer than the share of many steps."""
+    if not objectives.min_share or budget.idle or budget.predicted == 0.0:
         return 0.0
-    if budget.seconds == 0.0:
-        # Inference alone was over its objective: what was saved before made up for it.
-        return max(0.0, credit + min(0.0, budget.limit - budget.bound))
-    return min(max(0.0, credit + budget.seconds - spent), objectives.max_credit_s)
+    return min(max(0.0, share_credit + budget.seconds - spent), MIN_SHARE_CREDIT_S)

@@ -89,6 +89,7 @@ class CoServeMixin(_SchedulerBase):
         self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
+        self._in_prefill: set[str] = set()  # requests without a first token
         self._costs = UnitCosts.of(self._shape)
         device = self.vllm_config.device_config.device_type
         model = LatencyModel(self._costs.prior(device))
@@ -141,24 +142,30 @@ class CoServeMixin(_SchedulerBase):
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         if self._feed.retirement.pending:
             self._feed.retirement.in_use = self._adapters_in_use()
+        self._pacer.tokens.ended(output.finished_req_ids)
+        self._in_prefill.update(request.req_id for request in output.scheduled_new_reqs)
         load = self._load_of(output)
         room = None
         if self._may_finetune():
-            room = self._append_finetuning(output, load)
+            room = self._append_finetuning(output, load, entered)
         self._pacer.planned(id(output), entered, load, room, measurable=is_measurable(output))
         return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        self._pacer.finished(id(scheduler_output), time.monotonic())
+        now = time.monotonic()
+        self._pacer.finished(id(scheduler_output), now)
         for result in getattr(model_runner_output, RESULT_ATTRIBUTE, ()):
             if (run := self._runs.get(result.job_id)) is not None:
                 try:
                     self._take_result(run, result)
                 except Exception as error:
                     self._fail(run, error)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        answers = super().update_from_output(scheduler_output, model_runner_output)
+        if self._in_prefill:
+            self._note_first_tokens(now)
+        return answers
 
     def has_requests(self) -> bool:
         if super().has_requests():
@@ -222,7 +229,18 @@ class CoServeMixin(_SchedulerBase):
     def _num_free_blocks(self) -> int:
         return self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def _append_finetuning(self, output: SchedulerOutput, load: StepLoad) -> Room | None:
+    def _note_first_tokens(self, now: float) -> None:
+        for name in tuple(self._in_prefill):
+            request = self.requests.get(name)
+            if request is None:
+                self._in_prefill.discard(name)
+            elif request.num_output_tokens:
+                self._in_prefill.discard(name)
+                self._pacer.tokens.first_token(name, now, self._pacer.num_in_flight)
+
+    def _append_finetuning(
+        self, output: SchedulerOutput, load: StepLoad, now: float
+    ) -> Room | None:
         """Add finetune work to a scheduled step; returns what it took, None without a job. Never
         raises: an error in planning fails the job, not the engine."""
         while (prepared := self._feed.take()) is not None:
@@ -231,6 +249,7 @@ class CoServeMixin(_SchedulerBase):
             return None
         try:
             room = self._pacer.room(
+                now,
                 load,
                 tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
                 rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
