@@ -13,6 +13,7 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_flexft.plan import Chunk
 from vllm_flexft.sched import step_output
@@ -85,3 +86,14 @@ def test_nothing_of_ours_hides_a_method_or_an_attribute_of_vllms_scheduler():
     theirs = {*attribute.findall(inspect.getsource(Scheduler))}
     theirs |= {*attribute.findall(inspect.getsource(AsyncScheduler))}
     assert {*attribute.findall(inspect.getsource(CoServeMixin))} & theirs == {"lora_config"}
+
+
+def test_model_runner_v2_can_stage_the_tokens_of_a_chunk():
+    """By the code of the class that it stages them in, which needs a GPU only to write them out."""
+    staged = object.__new__(StagedWriteTensor)
+    staged._staged_write_indices, staged._staged_write_starts = [], []
+    staged._staged_write_contents, staged._staged_write_cu_lens = [], []
+    for request in step_output.chunk_requests(two_chunks(), 7, v2_runner=True):
+        staged.stage_write(0, 0, request.prefill_token_ids)
+        assert request.prompt_len == 17
+    assert staged._staged_write_contents == [*range(17), *range(17)]

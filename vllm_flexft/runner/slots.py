@@ -21,8 +21,9 @@ def open_slot(
     removes every adapter.
     """
     manager = lora_manager._adapter_manager
-    # vLLM keeps what it is given beside the slot: one number stands for all these zeros.
-    zero = torch.zeros((), dtype=dtype)
+    # vLLM keeps what it is given beside the slot: one number stands for all these zeros. It lies on
+    # the slot's device, since vLLM pins what is on the host, which needs a number each.
+    zero = torch.zeros((), dtype=dtype, device=manager.device)
     loras = {
         target.peft_name: LoRALayerWeights(
             target.peft_name,

@@ -33,8 +33,9 @@ def chunk_requests(work: PlannedWork, lora_id: int, *, v2_runner: bool) -> list[
     )
     requests = []
     for chunk, prompt in zip(work.chunks, work.prompts, strict=True):
-        # An array where vLLM declares a list: the runner copies it into an array of its own.
-        token_ids: Any = prompt.token_ids
+        # vLLM declares a list, and V2 needs one; V1 copies it into an array of its own, so that it
+        # takes an array.
+        token_ids: Any = prompt.token_ids.tolist() if v2_runner else prompt.token_ids
         requests.append(
             NewRequestData(
                 req_id=chunk.req_id,
