@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_flexft.config import JobError
 from vllm_flexft.jobs.records import NameInUseError
+from vllm_flexft.runner import hook
 from vllm_flexft.train.backward import MicroBatchBackward
 from vllm_flexft.train.optimizer import AdapterOptimizer
 
@@ -241,8 +243,11 @@ def test_start_from_an_adapter_that_is_not_finite_is_refused(
 def test_activations_that_do_not_fit_the_memory_are_refused(
     engine: CoServingEngine, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = engine.core.model_executor.driver_worker.worker.model_runner
-    monkeypatch.setattr(type(runner), "_memory_bytes", lambda self, setup, device: 1e5)
+    """Seen by the worker alone, as if admission had counted less."""
+    opened = hook.OpenedJob
+    monkeypatch.setattr(
+        hook, "OpenedJob", lambda setup, *rest: opened(replace(setup, memory_bytes=1e5), *rest)
+    )
     record, _ = train(engine, job)
     assert record.status == "failed"
     assert_matches("GiB.*memory_gib", record.error)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from vllm_flexft.runner.opened_job import OpenedJob
 from vllm_flexft.runner.view import served_model
 from vllm_flexft.train.model import ServedModel
 from vllm_flexft.train.trainer import Trainer
-from vllm_flexft.wiring import FREE_MEMORY_SHARE, CoServeConfig
+from vllm_flexft.wiring import CoServeConfig
 
 logger = logging.getLogger("vllm.flexft")
 
@@ -175,16 +174,7 @@ class CoServeRunnerMixin(_RunnerBase):
                 name: index for index, group in enumerate(groups) for name in group.layer_names
             }
             self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
-        self._jobs[setup.job_id] = OpenedJob(
-            setup, self._view, self.lora_manager, self._memory_bytes(setup, self._view.device)
-        )
-
-    def _memory_bytes(self, setup: OpenJob, device: torch.device) -> float:
-        """The scheduler's number, but it cannot see what another device than the CPU has free."""
-        if math.isfinite(setup.memory_bytes) or device.type != "cuda":
-            return setup.memory_bytes
-        free = FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-        return free / self._co_serve.options.max_jobs_at_once
+        self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager)
 
 
 class _PendingOutput(AsyncModelRunnerOutput):

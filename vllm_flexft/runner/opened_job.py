@@ -17,15 +17,9 @@ logger = logging.getLogger("vllm.flexft")
 
 
 class OpenedJob:
-    def __init__(
-        self, setup: OpenJob, view: ServedModel, lora_manager: Any, memory_bytes: float
-    ) -> None:
-        """Raises what made opening fail, with everything let go again.
-
-        Args:
-            lora_manager: the worker's `LRUCacheWorkerLoRAManager`.
-            memory_bytes: for activations, gradients and optimizer of this job.
-        """
+    def __init__(self, setup: OpenJob, view: ServedModel, lora_manager: Any) -> None:
+        """Raises what made opening fail, with everything let go again. `lora_manager` is the
+        worker's `LRUCacheWorkerLoRAManager`."""
         self._releases: list[Callable[[], None]] = []
 
         def make_slots(targets: list[Target]) -> list[LoraSlot]:
@@ -34,7 +28,7 @@ class OpenedJob:
             return open_slot(lora_manager, setup.lora_int_id, setup.job.peft.r, targets, dtype)
 
         try:
-            self.trainer = Trainer(setup, view, make_slots, memory_bytes=memory_bytes)
+            self.trainer = Trainer(setup, view, make_slots, memory_bytes=setup.memory_bytes)
             self._releases.append(self.trainer.close)
             self.capture = Capture(view, self.trainer.store)
             self._releases.append(self.capture.remove)
