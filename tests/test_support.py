@@ -1,5 +1,6 @@
 """Every unsupported option is refused at start, by name, before an engine exists."""
 
+import json
 import re
 from argparse import Namespace
 
@@ -10,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_flexft import plugin, support
+from vllm_flexft.config import ServerOptions
 
 plugin.register()
 
@@ -102,16 +104,22 @@ def test_other_vllm_version_is_refused(model, monkeypatch):
     assert "vLLM 0.33.0" in refusal(model)
 
 
-def test_model_runner_v2_is_refused_with_the_setting_that_avoids_it(model, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert "Model Runner V2" in refusal(model)
-
-
-@pytest.mark.parametrize("device", ["rocm", "xpu", "cuda"])
+@pytest.mark.parametrize("device", ["rocm", "xpu"])
 def test_other_platform_is_refused(model, monkeypatch, device):
     monkeypatch.setattr(current_platform, "device_type", device, raising=False)
     monkeypatch.setattr(current_platform, "device_name", device, raising=False)
     assert f"platform {device}: use one of: cpu" in refusal(model)
+
+
+def test_cuda_is_refused_with_the_option_that_tries_it(model, monkeypatch):
+    monkeypatch.setattr(current_platform, "device_type", "cuda", raising=False)
+    message = refusal(model)
+    assert "platform cuda" in message
+    assert "docs/gpu.md" in message
+    option = json.loads(re.search(r"--co-finetune-config '(.*)'", message)[1])
+    assert option == {"experimental_cuda": True}
+    options = ServerOptions.from_mapping(option)
+    support.check_engine_args(EngineArgs(model=model), experimental_cuda=options.experimental_cuda)
 
 
 @pytest.mark.parametrize(

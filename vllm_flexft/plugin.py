@@ -152,7 +152,11 @@ def build_engine_config(
 
     from vllm_flexft import support, wiring
 
-    support.check_engine_args(engine_args, headless=headless)
+    support.check_engine_args(
+        engine_args,
+        headless=headless,
+        experimental_cuda=wiring.read_options(carried).experimental_cuda,
+    )
     names = engine_args.served_model_name or engine_args.model
     # LLM(...) does not tell a value from its default; 16 given there counts as not given.
     explicit = engine_args.max_lora_rank != type(engine_args).max_lora_rank

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 VLLM_SERIES = "0.32."
-PLATFORMS = ("cpu",)  # "cuda" joins once its runner, kernels and streams have been verified there
+PLATFORMS = ("cpu",)  # "cuda" joins once steps have run on a GPU; till then by an option
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -149,8 +149,13 @@ def check_front_end(args: Namespace) -> None:
     _check_rust_front_end()
 
 
-def check_engine_args(args: EngineArgs, *, headless: bool = False) -> None:
+def check_engine_args(
+    args: EngineArgs, *, headless: bool = False, experimental_cuda: bool = False
+) -> None:
     """Refuse what can be seen in the engine's arguments and in the environment.
+
+    Args:
+        experimental_cuda: the server option of that name.
 
     Raises:
         ValueError: naming the first unsupported option and what to do instead.
@@ -164,9 +169,15 @@ def check_engine_args(args: EngineArgs, *, headless: bool = False) -> None:
             f"this version of vllm-flexft works with vLLM {VLLM_SERIES}*; "
             f"install vllm=={VLLM_SERIES}*",
         )
-    if current_platform.is_rocm() or current_platform.device_type not in PLATFORMS:
+    if current_platform.is_rocm() or current_platform.device_type not in (*PLATFORMS, "cuda"):
         name = current_platform.device_name or current_platform.device_type
         _refuse(f"platform {name}", f"use one of: {', '.join(PLATFORMS)}")
+    if current_platform.device_type == "cuda" and not experimental_cuda:
+        _refuse(
+            "platform cuda",
+            "no step of it has run on a GPU (docs/gpu.md says what is known); "
+            """use cpu, or try it with --co-finetune-config '{"experimental_cuda": true}'""",
+        )
     if headless:
         _refuse("--headless", "adapters are published by the API server; leave it out")
     _check_rust_front_end()
@@ -202,11 +213,6 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
         _refuse(
             f"--kv-cache-dtype {cache_dtype}",
             f"the backward reads keys and values in the model's {dtype}; leave it at auto",
-        )
-    if vllm_config.use_v2_model_runner:
-        _refuse(
-            "Model Runner V2",
-            "finetune rows are captured in the V1 runner so far; set VLLM_USE_V2_MODEL_RUNNER=0",
         )
     lora_dtype = _dtype_name(vllm_config.lora_config.lora_dtype)
     if lora_dtype not in ("auto", dtype):

@@ -60,6 +60,10 @@ class ServerOptions(Section):
     max_rows_in_flight: int = Field(
         8, ge=1, description="an integer >= 1, training sequences in the engine at a time"
     )
+    experimental_cuda: bool = Field(
+        False,
+        description="true or false: finetune on CUDA, where no step has been verified yet",
+    )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any] | None = None) -> ServerOptions:
