@@ -9,7 +9,8 @@ all costs move together more readily than each alone, since a machine that is sl
 or was throttled, is slower at everything. One step of any kind then corrects the costs of all.
 
 Robust: an innovation counts up to `CLIP` of its standard deviations (Huber); a run of them to the
-same side is no outlier but a change, and P is widened for it. Upper bounds are conformal: the
+same side is no outlier but a change, and P is widened for it. The noise is scaled by the median of
+the residuals, which the stalls of a shared machine do not move. Upper bounds are conformal: the
 number of standard deviations that held for `COVERAGE` of recent steps (Gibbs & Candes 2021,
 https://arxiv.org/abs/2106.00170).
 
@@ -58,7 +59,10 @@ OPTIMISM = 0.25  # of a cost, at least
 CLIP = 3.0  # standard deviations
 CHANGE_RUN = 4  # clipped steps in a row to the same side: a change
 CHANGE_SD = 0.7  # of the costs after a change
-COVERAGE = 0.95
+# Of steps that stay below their bound. Requests are held to a mean over tokens, and are given back
+# what a step was over: a wider bound would leave most of the room unused for the sake of stalls.
+COVERAGE = 0.9
+MEDIAN_SCORE = 0.6745  # half of a normal variable's values are within so many deviations
 COVERAGE_RATE = 0.05  # of the conformal bound
 NOISE_RATE = 0.05  # of the noise estimate: 20 steps
 NOISE_RANGE = (0.01, 0.5)  # relative
@@ -112,6 +116,10 @@ class LatencyModel:
     def upper(self, features: Vector) -> float:
         """Upper bound of the seconds of a step."""
         return self.predict(features)[1]
+
+    def expected_prices(self) -> Vector:
+        """Seconds that one more unit of each feature adds on average."""
+        return self._theta * self.prior
 
     def prices(self, optimistic: bool = False) -> Vector:
         """Seconds that one more unit of each feature adds at most: for any amounts a and b
@@ -224,7 +232,8 @@ class LatencyModel:
         """Noise and bound from the step's residual, an outlier's up to `CLIP`; the noise as far as
         the residual is not explained by costs that are still unknown."""
         noise = (self._noise * mean) ** 2 / variance  # part of the variance
-        self._noise *= (1.0 + NOISE_RATE * noise * (min(score * score, CLIP**2) - 1.0)) ** 0.5
+        above = abs(score) > MEDIAN_SCORE
+        self._noise *= 1.0 + NOISE_RATE * noise * (1.0 if above else -1.0)
         self._noise = min(max(self._noise, NOISE_RANGE[0]), NOISE_RANGE[1])
         missed = score > self._bound
         self._bound += COVERAGE_RATE * (missed - (1.0 - COVERAGE))

@@ -10,10 +10,10 @@ and in the simulator. Time is passed in, nothing is read from a clock or from vL
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from vllm_flexft.sched.latency import Feature, LatencyModel, Vector
+from vllm_flexft.sched.latency import SCALING_STEPS, Feature, LatencyModel, Vector
 from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow, carry
 from vllm_flexft.sched.room import Room
 from vllm_flexft.sched.token_times import TokenTimes
@@ -76,16 +76,26 @@ class Pacer:
             due_s=self.tokens.due(start) - start,
             share_credit=self._share_credit,
         )
-        probing = self._num_refused >= PROBE_AFTER
+        prices, bound = self._prices(budget)
         return Room(
             budget,
-            self.model.prices(optimistic=probing),
+            prices,
             tokens=tokens,
             rows=rows,
             sole_job=sole_job,
             load=load.features(),
-            bound=None if probing else self.model.upper,
+            bound=bound,
         )
+
+    def _prices(self, budget: Budget) -> tuple[Vector, Callable[[Vector], float] | None]:
+        """What work is charged at in a step, and the bound of the whole step if that is less."""
+        model = self.model
+        if self._num_refused >= PROBE_AFTER:
+            return model.prices(optimistic=True), None
+        if budget.idle and model.num_observed >= SCALING_STEPS:
+            # No token is late for it, and steps of all sizes teach what each of their parts costs.
+            return model.expected_prices(), None
+        return model.prices(), model.upper
 
     def planned(
         self,
