@@ -24,12 +24,13 @@ class EngineSide:
     def __init__(self, model: Path, work: Path, max_length: int) -> None:
         from vllm import LLM
 
+        from vllm_flexft.graph import job_memory
         from vllm_flexft.jobs.store import JobStore
-        from vllm_flexft.sched import scheduler
         from vllm_flexft.train.trainer import Trainer
 
-        # One sequence at a time, as PEFT has it.
-        scheduler.MIN_LANE_TOKENS, scheduler.NUM_LANES = 1, 1
+        # One sequence at a time, as PEFT has it, unless asked for the lanes of a server.
+        self._served_lanes = job_memory.SERVED_LANES
+        job_memory.SERVED_LANES = job_memory.Lanes(1, 1)
         self._model, self._work = model, work
         options = {"state_dir": str(work / "state"), "ttft_ms": ALL_AT_ONCE_MS}
         self._llm = LLM(
@@ -72,18 +73,21 @@ class EngineSide:
         tracker, seen = LiveBytes(), dict.fromkeys(("live", "peak"), 0)
         with pytest.MonkeyPatch.context() as patch:
             _watch(patch, tracker, seen)
+            if request.get("lanes") == "served":
+                patch.setattr("vllm_flexft.graph.job_memory.SERVED_LANES", self._served_lanes)
             if request.get("window"):
-                patch.setattr("vllm_flexft.sched.scheduler.WINDOW", request["window"])
+                patch.setattr("vllm_flexft.graph.windows.WINDOW", request["window"])
             self._open(request, 1)
             with tracker:
                 self._until(lambda: self._updates == 1)
+            planned = self._plan(request)
         self._until(self._over)
         return {
             "kept": seen["kept"],
             "working": seen["live"] - seen["kept"] - seen["state"],
             "peak": seen["peak"] - seen["state"],
             "measured": seen["live"] + seen["moments"],
-            **self._plan(request),
+            **planned,
         }
 
     def _plan(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,13 +106,13 @@ class EngineSide:
             policy=request.get("policy", "auto"),
         )
         answer: dict[str, Any] = {
-            "planned": made.activations + made.working + made.state,
+            "planned": made.taken,
             "planned_other": made.working + made.state,
             "recomputed_share": made.recomputed_share,
         }
         if request.get("profile"):
             answer["planned_tokens_per_second"] = (
-                measured_flops(made.shape, "bfloat16") / made.flops_per_token
+                measured_flops(made.shape, "bfloat16") / made.work.total
             )
         return answer
 

@@ -17,8 +17,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from benchmarks.bare_scheduler import BareEngine
 from benchmarks.simulation.plant import Plant, Shape, StepWork
 from vllm_flexft.graph.grid import BackwardGrid
+from vllm_flexft.graph.windows import backward_windows
 from vllm_flexft.plan import PLAN_ATTRIBUTE, MicroBatch, StepPlan
-from vllm_flexft.sched import scheduler as production
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Workload:
         """Tokens of each slice of a plan, and whether it is of the loss."""
         for batch in plan.begin:
             lowest = 0 if batch.train else self.shape.layers
-            windows = scheduler._costs.windows(production.WINDOW)
+            windows = backward_windows(scheduler._shape)
             grid = BackwardGrid(batch.num_tokens, windows, self.shape.layers, lowest)
             self._batches[plan.job_id, batch.id] = (batch, grid, 0)
         for part in plan.backward:

@@ -267,7 +267,8 @@ def tokens_of(case: Case, tokenizer: Any) -> list[tuple[list, list]]:
 def _cut_up(case: Case) -> Iterator[None]:
     """Make the engine cut its work as the case says, where it would choose by load and size."""
     from harness.rooms import work_a_step
-    from vllm_flexft.sched import run, scheduler
+    from vllm_flexft.graph import job_memory, windows
+    from vllm_flexft.sched import run
     from vllm_flexft.train.trainer import Trainer
 
     budgets = itertools.cycle(case.budgets)
@@ -284,8 +285,8 @@ def _cut_up(case: Case) -> Iterator[None]:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "WINDOW", case.window)
-        patch.setattr(scheduler, "MIN_LANE_TOKENS", case.lane_tokens)
+        patch.setattr(windows, "WINDOW", case.window)
+        patch.setattr(job_memory, "SERVED_LANES", job_memory.Lanes(2, case.lane_tokens))
         patch.setattr(run, "MIN_CHUNK", case.min_chunk)
         work_a_step(patch, lambda: next(budgets))
         patch.setattr(Trainer, "_plan_memory", plan_memory)

@@ -13,8 +13,10 @@ from harness.peft_reference import PeftTrainer, write_rows
 
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.graph.families import TARGETS
-from vllm_flexft.graph.job_memory import JobMemory, Lanes
+from vllm_flexft.graph.job_memory import SERVED_LANES, JobMemory, Lanes
 from vllm_flexft.graph.memory import MemoryPlan, plan_memory
+from vllm_flexft.graph.windows import backward_windows
+from vllm_flexft.plan import Windows
 from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.model import ServedModel
 from vllm_flexft.train.working import WorkingBuffers
@@ -116,10 +118,10 @@ def test_a_job_refused_for_memory_trains_with_the_memory_gib_that_the_refusal_na
 def test_lanes_shrink_before_anything_is_recomputed_and_never_below_one_sequence(bench):
     shape = bench("llama").served_model().shape
     memory = JobMemory.of(shape, JOB, itemsize=4, policy="auto")
-    wanted, longest = Lanes(2, 2048), 300
+    wanted, longest = SERVED_LANES, 300
     state = memory.state_bytes
     for budget in (2**20 * x / 4 for x in range(4, 400)):
-        lanes = memory.lanes_within(wanted, longest, budget)
+        lanes = memory.lanes_within(longest, budget)
         assert lanes in (wanted, Lanes(1, 2048), Lanes(1, longest))
         try:
             made = memory.plan(lanes, budget)
@@ -134,16 +136,18 @@ def test_lanes_shrink_before_anything_is_recomputed_and_never_below_one_sequence
         if lanes != Lanes(1, longest):
             everything = memory.plan(lanes, float("inf"), "fast")
             assert made.recompute_flops == everything.recompute_flops
-    assert memory.lanes_within(wanted, longest, float("inf")) == wanted
-    assert memory.lanes_within(wanted, 5000, float("inf")) == Lanes(2, 5000)
+    assert memory.lanes_within(longest, float("inf")) == wanted == Lanes(2, 2048)
+    assert memory.lanes_within(5000, float("inf")) == Lanes(2, 5000)
 
 
 def test_working_buffers_take_the_bytes_that_the_plan_says(bench):
     model = bench("qwen3").served_model()
-    memory = JobMemory.of(model.shape, JOB, itemsize=4, policy="auto")
-    for lanes in (Lanes(1, 33), Lanes(2, 10)):
-        made = WorkingBuffers(model.shape, lanes, model.dtype, model.device)
-        assert made.num_bytes == memory.working_bytes(lanes)
+    for windows in (backward_windows(model.shape), Windows(layer=61, loss=7), Windows(1000, 999)):
+        memory = JobMemory.of(model.shape, JOB, 4, "auto", windows)
+        for lanes in (Lanes(1, 33), Lanes(2, 10)):
+            made = WorkingBuffers(model.shape, lanes, windows, model.dtype, model.device)
+            assert made.num_bytes == memory.working_bytes(lanes)
+            assert len(made.logits) == min(256, windows.loss)
 
 
 @pytest.mark.parametrize("policy", ["auto", "fast", "minimal", "offload"])

@@ -27,8 +27,9 @@ some_budget = st.floats(0.0, 1.0)
 
 def trainer(model: Any, targets: list[str], layers: list[int] | None, budget: float) -> Any:
     peft = {"target_modules": targets, "layers_to_transform": layers}
-    job = trainer_of(model, TOKENS, WINDOW, peft=peft).setup.job
-    memory, lanes = JobMemory.of(model.shape, job, 4, "auto"), Lanes(1, TOKENS)
+    setup = trainer_of(model, TOKENS, WINDOW, peft=peft).setup
+    memory = JobMemory.of(model.shape, setup.job, 4, "auto", setup.windows)
+    lanes = Lanes(1, TOKENS)
     other = memory.state_bytes + memory.working_bytes(lanes)
     least, most = (
         memory.plan(lanes, float("inf"), policy).bytes_per_token * TOKENS + other

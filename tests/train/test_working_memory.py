@@ -59,6 +59,26 @@ def test_a_slice_needs_no_memory_that_grows_with_the_sequence_but_a_few_rows_of_
     assert left <= 4096  # a loss and a count
 
 
+def test_the_loss_makes_no_logits_of_its_own(model, monkeypatch):
+    """They lie in the working buffers; what a slice makes itself are eight rows in fp32."""
+    made, tracker = trainer_of(model, 256, WINDOW), LiveBytes()
+    peak = []
+    loss: Callable[..., None] = MicroBatchBackward._loss
+
+    def watched(self: MicroBatchBackward, part: Any) -> None:
+        before = tracker.peak = tracker.total
+        loss(self, part)
+        peak.append(tracker.peak - before)
+
+    monkeypatch.setattr(MicroBatchBackward, "_loss", watched)
+    with tracker:
+        backward(made, 256)
+    rows = WINDOW // 2  # of a window of the loss
+    assert made.working.logits.shape == (rows, VOCAB)
+    assert len(peak) == 2
+    assert max(peak) < 4 * rows * VOCAB / 2
+
+
 def test_the_check_notices_a_backward_in_one_window(model, monkeypatch):
     small, _ = peaks(model, 512, 512, "fast", monkeypatch)
     large, _ = peaks(model, 1024, 1024, "fast", monkeypatch)

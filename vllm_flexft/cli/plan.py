@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_flexft.cli.plan_data import plan_data
-from vllm_flexft.cli.plan_text import draw, render
-from vllm_flexft.cli.sizing import ITEMSIZE, measured_flops, plan_job
+from vllm_flexft.cli.plan_text import KVBlocks, draw, render
+from vllm_flexft.cli.sizing import ITEMSIZE, longest_sequence, measured_flops, plan_job
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.data.files import DataError
 from vllm_flexft.graph.families import family_of
@@ -34,10 +34,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--policy", choices=["auto", "fast", "minimal", "offload"], default="auto")
     parser.add_argument("--dtype", choices=list(ITEMSIZE), help="default: the model's")
     parser.add_argument(
-        "--block-size", type=_positive(int), default=16, help="tokens of a KV-cache block"
+        "--block-size",
+        type=_positive(int),
+        help="tokens of a KV-cache block (default: 16 where there is CUDA, else 128)",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not measure this machine")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it too (needs matplotlib)")
+    parser.add_argument("--png", type=_png, metavar="FILE", help="draw it too (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
@@ -54,17 +56,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"the model's dtype {dtype} is not supported; give --dtype {' or '.join(ITEMSIZE)}"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and job.dataset.max_length > longest:
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    if longest is not None and (tokens := longest_sequence(job)) > longest:
         raise ValueError(
-            f"{job.dataset.max_length} tokens are more than the model's {longest} positions; "
+            f"{tokens} tokens are more than the model's {longest} positions; "
             f"give --max-length {longest} or less"
         )
     plan = plan_job(
-        shape, job, dtype=dtype, budget_gib=arguments.memory_gib, policy=arguments.policy
+        shape,
+        job,
+        dtype=dtype,
+        budget_gib=arguments.memory_gib,
+        policy=arguments.policy,
+        positions=longest,
     )
     flops = None if arguments.no_profile else measured_flops(shape, dtype)
-    print(render(plan, arguments.block_size, flops))
+    print(render(plan, _kv_blocks(arguments.block_size), flops))
     if arguments.png is not None:
         draw(plan, arguments.png)
     if arguments.job is None:
@@ -74,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     except DataError as error:
         print(f"flexft plan: the job would be refused: {error}", file=sys.stderr)
         return 1
-    speed = None if flops is None else flops / plan.flops_per_token
+    speed = None if flops is None else flops / plan.work.total
     print("", *data.lines(speed), sep="\n")
     return 0
 
@@ -84,8 +91,10 @@ def _model_config(model: str) -> Any:
     if not path.exists() and (path.is_absolute() or model[0] in ".~" or model.count("/") > 1):
         raise ValueError(f"{model}: no such folder; give a model folder, a config.json or an id")
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig
 
+    hub_logging.set_verbosity_error()  # not every retry without a network: the refusal says it
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -104,13 +113,33 @@ def _job(arguments: argparse.Namespace) -> FinetuneJob:
         job = FinetuneJob.from_yaml(Path(arguments.job))
     else:
         job = FinetuneJob.from_mapping({"name": "plan", "dataset": {"path": "rows.jsonl"}})
-    sections: dict[str, Any] = {}
-    if arguments.max_length is not None:
-        changes = {"max_length": arguments.max_length}
-        sections["dataset"] = job.dataset.model_copy(update=changes)
-    if arguments.rank is not None:
-        sections["peft"] = job.peft.model_copy(update={"r": arguments.rank})
-    return job.model_copy(update=sections)
+    changes = {"dataset.max_length": arguments.max_length, "peft.r": arguments.rank}
+    given = {key: value for key, value in changes.items() if value is not None}
+    if not given:
+        return job
+    mapping = job.model_dump(mode="json")
+    if job.validation is not None and arguments.max_length is not None:
+        given["validation.max_length"] = arguments.max_length
+    for key, value in given.items():
+        section, name = key.split(".")
+        mapping[section][name] = value
+    return FinetuneJob.from_mapping(mapping)
+
+
+def _kv_blocks(size: int | None) -> KVBlocks:
+    """vLLM's own sizes where none is given."""
+    if size is not None:
+        return KVBlocks(size)
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return KVBlocks(16, ", as with CUDA") if on_gpu else KVBlocks(128, ", as on CPU")
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png")
+    return Path(text)
 
 
 def _positive(kind: type[Number]) -> Callable[[str], Number]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_flexft.cli.sizing import JobPlan
@@ -9,7 +11,13 @@ from vllm_flexft.cli.sizing import JobPlan
 BAR_WIDTH = 30
 
 
-def render(plan: JobPlan, block_size: int, flops: float | None) -> str:
+@dataclass(frozen=True, slots=True)
+class KVBlocks:
+    size: int  # tokens
+    note: str = ""  # where the size comes from
+
+
+def render(plan: JobPlan, blocks: KVBlocks, flops: float | None) -> str:
     """The tables. `flops`: FLOP/s of this machine, None where they were not measured."""
     return "\n\n".join(
         "\n".join(lines)
@@ -17,7 +25,8 @@ def render(plan: JobPlan, block_size: int, flops: float | None) -> str:
             _head(plan),
             _steps(plan),
             _by_tensor(plan),
-            _totals(plan, block_size),
+            _totals(plan, blocks),
+            _server(plan),
             _work(plan, flops),
         )
     )
@@ -55,19 +64,36 @@ def _by_tensor(plan: JobPlan) -> list[str]:
     return lines
 
 
-def _totals(plan: JobPlan, block_size: int) -> list[str]:
-    bounded = plan.largest_tokens is not None
-    lines = [
+def _totals(plan: JobPlan, blocks: KVBlocks) -> list[str]:
+    together = plan.activations + plan.working + plan.state
+    return [
         f"for a micro-batch of {plan.tokens:,} tokens",
         f"  activations     {gib(plan.activations)}",
-        f"  working buffers {gib(plan.working)}  (residual gradient; K, V, dK, dV of one layer)",
+        f"  working buffers {gib(plan.working)}  (residual gradient; K, V, dK, dV of one layer; "
+        "logits of a window)",
         f"  adapter         {gib(plan.state)}  ({plan.parameters:,} parameters with gradients and "
         "optimizer)",
-        f"  together        {gib(plan.total)}" + (f"  of {gib(plan.budget)}" if bounded else ""),
+        f"  together        {gib(together)}",
         f"  KV cache        {gib(plan.kv_per_token * plan.tokens)}  "
-        f"({-(-plan.tokens // block_size):,} blocks of {block_size}), lent by the server",
+        f"({-(-plan.tokens // blocks.size):,} blocks of {blocks.size}{blocks.note}), lent by the "
+        "server",
+    ]
+
+
+def _server(plan: JobPlan) -> list[str]:
+    """What a server takes, between the least that it can run with and all that it has use for."""
+    bounded = plan.largest_tokens is not None
+    lanes = plan.lanes
+    lines = [
+        "a server with this budget" if bounded else "a server with room",
+        f"  takes           {gib(plan.taken)}"
+        + (f"  of {plan.budget / 2**30:.3f} GiB" if bounded else "")
+        + f"  ({lanes.count} lane{'s' * (lanes.count > 1)} of {lanes.tokens:,} tokens)",
+        f"  has weights of  {gib(plan.weights)}  (in the model's dtype)",
+        f"  in all          {gib(plan.weights + plan.taken)}  and the KV cache",
         f"memory_gib may be anything from {plan.floor / 2**30:.3f} up; "
-        f"with {plan.ceiling / 2**30:.3f} nothing is recomputed",
+        f"with {plan.ceiling / 2**30:.3f} nothing is recomputed, "
+        f"beyond {plan.most / 2**30:.3f} nothing is gained",
     ]
     if bounded:
         lines.append(f"longest sequence that fits: {plan.largest_tokens:,} tokens")
@@ -78,15 +104,21 @@ def _work(plan: JobPlan, flops: float | None) -> list[str]:
     lines = [f"recomputed: {plan.recomputed_share:.1%} of the work"]
     if flops is not None:
         lines.append(
-            f"expected when idle: {flops / plan.flops_per_token:,.0f} tokens/s "
-            f"(this machine does {flops / 1e9:,.0f} GFLOP/s)"
+            f"expected when idle: {two_digits(flops / plan.work.total)} tokens/s "
+            f"(this machine does {two_digits(flops / 1e9)} GFLOP/s)"
         )
     return lines
 
 
+def two_digits(value: float) -> str:
+    """Rounded to two significant digits: 1.4, 23, 1,200."""
+    decimals = 1 - math.floor(math.log10(value))
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+
+
 def draw(plan: JobPlan, path: Path) -> None:
-    """The step-by-step table and the job's memory as bars. Raises ValueError without matplotlib
-    and for a file type that it does not write."""
+    """The step-by-step table and the job's memory as bars. Raises ValueError without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:

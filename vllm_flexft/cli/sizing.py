@@ -10,6 +10,7 @@ from vllm_flexft.config import ActivationPolicy, FinetuneJob
 from vllm_flexft.graph.job_memory import JobMemory, Lanes
 from vllm_flexft.graph.memory import MemoryPlan, reduction
 from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.graph.work import TrainingWork
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 PROFILE_ROWS = 512  # of the GEMM that is timed: two backward windows
@@ -23,28 +24,34 @@ class JobPlan:
     shape: ModelShape
     memory: MemoryPlan
     reduction: list[tuple[str, int]]  # a token, step by step
-    tokens: int  # of a micro-batch
+    tokens: int  # of the longest sequence
     parameters: int  # of the adapter
     state: int  # masters, gradients, moments
-    working: int
+    working: int  # with one lane of the longest sequence
     kv_per_token: int
+    weights: int  # of the model as served
     budget: float
     floor: int  # the least budget for these tokens
-    ceiling: int  # the budget beyond which nothing is gained
+    ceiling: int  # the budget of one sequence beyond which nothing is recomputed
+    lanes: Lanes  # that a server with this budget makes
+    taken: int  # by such a server for the job
+    most: int  # that a server with room for everything takes
     largest_tokens: int | None  # longest sequence that fits the budget at all; None: no budget
-    flops_per_token: float  # of training: forward, dX, and what is recomputed
+    work: TrainingWork  # a token
 
     @property
     def recomputed_share(self) -> float:
-        return self.memory.recompute_flops / self.flops_per_token
+        return self.work.recomputed / self.work.total
 
     @property
     def activations(self) -> int:
         return self.memory.bytes_per_token * self.tokens
 
-    @property
-    def total(self) -> int:
-        return self.activations + self.working + self.state
+
+def longest_sequence(job: FinetuneJob) -> int:
+    """Tokens that a row of the job may have."""
+    validation = 0 if job.validation is None else job.validation.max_length
+    return max(job.dataset.max_length, validation)
 
 
 def plan_job(
@@ -54,34 +61,57 @@ def plan_job(
     dtype: str,
     budget_gib: float,
     policy: ActivationPolicy = "auto",
+    positions: int | None = None,
 ) -> JobPlan:
-    """Raises ValueError where the budget is too small, with the number that would do."""
-    budget, tokens = budget_gib * 2**30, job.dataset.max_length
-    lanes = Lanes(1, tokens)
+    """`positions`: of the model; no sequence is longer.
+
+    Raises ValueError where the budget is too small, with the number that would do.
+    """
+    budget, tokens = budget_gib * 2**30, longest_sequence(job)
+    lane = Lanes(1, tokens)
     needs = JobMemory.of(shape, job, ITEMSIZE[dtype], policy)
-    memory = needs.plan(lanes, budget)
-    working, state = needs.working_bytes(lanes), needs.state_bytes
-    least = needs.plan(lanes, math.inf, needs.least_policy).bytes_per_token
-    most = needs.plan(lanes, math.inf, "fast").bytes_per_token
-    a_token = least + needs.working_bytes(Lanes(1, 1))
-    trained_layers = shape.num_layers - min(needs.layers)
-    forward = 2.0 * shape.num_layers * shape.layer_parameters
-    backward = 2.0 * trained_layers * shape.layer_parameters
-    head = 4.0 * shape.hidden_size * shape.vocab_size
+    largest = _largest(needs, budget, positions)
+    try:
+        memory = needs.plan(lane, budget)
+    except ValueError as error:
+        raise ValueError(f"at max_length {tokens:,} {error}; {_what_fits(largest)}") from None
+    lanes = needs.lanes_within(tokens, budget)
     return JobPlan(
         shape=shape,
         memory=memory,
         reduction=reduction(memory, shape.num_layers),
         tokens=tokens,
         parameters=needs.parameters,
-        state=state,
-        working=working,
+        state=needs.state_bytes,
+        working=needs.working_bytes(lane),
         kv_per_token=2 * shape.num_kv_heads * shape.head_dim * needs.itemsize * shape.num_layers,
+        weights=shape.weight_parameters * needs.itemsize,
         budget=budget,
-        floor=least * tokens + working + state,
-        ceiling=most * tokens + working + state,
-        largest_tokens=None if math.isinf(budget) else int((budget - state) / a_token),
-        flops_per_token=forward + backward + head + memory.recompute_flops,
+        floor=needs.taken_bytes(lane, needs.least_policy),
+        ceiling=needs.taken_bytes(lane, "fast"),
+        lanes=lanes,
+        taken=needs.taken_bytes(lanes, budget=budget),
+        most=needs.taken_bytes(needs.lanes_within(tokens, math.inf)),
+        largest_tokens=largest,
+        work=TrainingWork.of(shape, memory, needs.parameters),
+    )
+
+
+def _largest(needs: JobMemory, budget: float, positions: int | None) -> int | None:
+    """Tokens of the longest sequence that fits; None without a budget."""
+    if math.isinf(budget):
+        return None
+    one, two = (needs.taken_bytes(Lanes(1, n), needs.least_policy) for n in (1, 2))
+    fits = max(0, 1 + int((budget - one) // (two - one)))
+    return fits if positions is None else min(fits, positions)
+
+
+def _what_fits(largest: int | None) -> str:
+    if not largest or largest < 2:
+        return "no sequence would fit"
+    return (
+        f"sequences of up to {largest:,} tokens would fit, and a server goes by the longest row of "
+        "the data"
     )
 
 

@@ -6,6 +6,7 @@ and the worker that opens it come to the same number.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_flexft.config import ActivationPolicy, FinetuneJob
@@ -19,6 +20,8 @@ from vllm_flexft.graph.memory import (
 )
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.graph.policy import Policy
+from vllm_flexft.graph.windows import backward_windows, logits_rows
+from vllm_flexft.plan import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Lanes:
         return self.count * self.tokens
 
 
+# What a server with memory to spare gives a job: the next micro-batch's forward may overlap the
+# last slices of the one before, and short sequences share a micro-batch.
+SERVED_LANES = Lanes(2, 2048)
+
+
 @dataclass(frozen=True, slots=True)
 class JobMemory:
     shape: ModelShape
@@ -42,12 +50,19 @@ class JobMemory:
     optim: str
     itemsize: int  # bytes of a number of the model
     policy: Policy
+    logits_rows: int  # that exist at a time
 
     @classmethod
     def of(
-        cls, shape: ModelShape, job: FinetuneJob, itemsize: int, policy: ActivationPolicy
+        cls,
+        shape: ModelShape,
+        job: FinetuneJob,
+        itemsize: int,
+        policy: ActivationPolicy,
+        windows: Windows | None = None,
     ) -> JobMemory:
-        """Raises ValueError for layers that the model lacks."""
+        """`windows`: of the backward, those of every server unless given. Raises ValueError for
+        layers that the model lacks."""
         return cls(
             shape=shape,
             targets=target_names(job.peft.target_modules),
@@ -56,6 +71,7 @@ class JobMemory:
             optim=job.training.optim,
             itemsize=itemsize,
             policy="fast" if policy == "offload" else policy,
+            logits_rows=logits_rows(windows or backward_windows(shape)),
         )
 
     @property
@@ -68,7 +84,7 @@ class JobMemory:
         return training_state_bytes(self.parameters, self.optim)
 
     def working_bytes(self, lanes: Lanes) -> int:
-        return working_bytes(self.shape, lanes.tokens, lanes.count, self.itemsize)
+        return working_bytes(self.shape, lanes.tokens, lanes.count, self.logits_rows, self.itemsize)
 
     def plan(self, lanes: Lanes, memory_bytes: float, policy: Policy | None = None) -> MemoryPlan:
         """What is kept with these lanes. Raises ValueError where not even the least fits, with
@@ -85,20 +101,28 @@ class JobMemory:
             policy=policy or self.policy,
         )
 
+    def taken_bytes(
+        self, lanes: Lanes, policy: Policy | None = None, budget: float = math.inf
+    ) -> int:
+        """All that the job allocates with these lanes. Raises as `plan`."""
+        kept = self.plan(lanes, budget, policy).bytes_per_token * lanes.total_tokens
+        return kept + self.working_bytes(lanes) + self.state_bytes
+
     def check(self, longest: int, memory_bytes: float) -> None:
         """Raises ValueError where not even one lane of the longest sequence fits."""
         self.plan(Lanes(1, longest), memory_bytes, self.least_policy)
 
-    def lanes_within(self, wanted: Lanes, longest: int, memory_bytes: float) -> Lanes:
-        """The lanes to train with; the floor is one lane of the longest sequence.
+    def lanes_within(self, longest: int, memory_bytes: float) -> Lanes:
+        """The lanes to train with: `SERVED_LANES`, at least as long as the longest sequence; the
+        floor is one lane of that sequence.
 
         A second lane is worth least, then room for several sequences in one: both go before
         anything is recomputed.
         """
-        tokens = max(wanted.tokens, longest)
+        tokens = max(SERVED_LANES.tokens, longest)
         floor = Lanes(1, longest)
         policy: Policy = "minimal" if self.policy == "minimal" else "fast"
-        for lanes in (Lanes(wanted.count, tokens), Lanes(1, tokens)):
+        for lanes in (Lanes(SERVED_LANES.count, tokens), Lanes(1, tokens)):
             try:
                 self.plan(lanes, memory_bytes, policy)
             except ValueError:

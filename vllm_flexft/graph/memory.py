@@ -140,8 +140,11 @@ def training_state_bytes(parameters: int, optim: str) -> int:
     return parameters * 4 * (4 if optim == "adamw_torch" else 2)
 
 
-def working_bytes(shape: ModelShape, lane_tokens: int, num_lanes: int, itemsize: int) -> int:
-    """Of the backward (train/working.py): a lane's residual-stream gradient in fp32, and of one
-    layer the keys and values read back with their fp32 gradients."""
+def working_bytes(
+    shape: ModelShape, lane_tokens: int, num_lanes: int, logits_rows: int, itemsize: int
+) -> int:
+    """Of the backward (train/working.py): a lane's residual-stream gradient in fp32, of one layer
+    the keys and values read back with their fp32 gradients, and the logits of a few rows."""
     keys = 2 * shape.num_kv_heads * shape.head_dim
-    return lane_tokens * (num_lanes * 4 * shape.hidden_size + (itemsize + 4) * keys)
+    a_token = num_lanes * 4 * shape.hidden_size + (itemsize + 4) * keys
+    return lane_tokens * a_token + logits_rows * shape.vocab_size * itemsize

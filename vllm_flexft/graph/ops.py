@@ -93,6 +93,12 @@ class ModelShape:
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
+    def weight_parameters(self) -> int:
+        """Of the whole model; norms and biases, below a thousandth, are left out."""
+        embeddings = (1 if self.tied_embeddings else 2) * self.hidden_size * self.vocab_size
+        return self.num_layers * self.layer_parameters + embeddings
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """PEFT's name of each linear -> (inputs, outputs)."""
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

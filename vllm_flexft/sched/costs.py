@@ -12,17 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_flexft.graph.ops import ModelShape
-from vllm_flexft.plan import Windows
+from vllm_flexft.graph.windows import BACKWARD_RATIO
 from vllm_flexft.sched.latency import Feature, Vector
 
-# dX (1.0) + norms, activation, attention's five GEMMs for two, adapter gradients (about 0.4)
-BACKWARD_RATIO = 1.4
 # FLOP/s that the prior supposes. The first step corrects it; too fast would let that step be long.
 CPU_FLOPS = 3e10  # one core with AVX2
 CUDA_FLOPS = 5e13  # a fifth of an A100's peak
 STEP_TOKENS = {"cpu": 16, "cuda": 256}  # a step reads all weights, whatever the number of rows
 # AdamW moves 7 fp32 numbers a parameter, a snapshot 4, at about 1 FLOP's time a byte on CPU.
-MIN_LOSS_WINDOW = 32  # rows; the head's weights are read for each
 UPDATE_FLOPS, SAVE_FLOPS = 28.0, 16.0
 
 
@@ -66,12 +63,6 @@ class UnitCosts:
         }
         units = np.array([amounts[feature] for feature in Feature], dtype=np.float64)
         return np.maximum(units, 1e-12)
-
-    def windows(self, layer: int) -> Windows:
-        """With a window of the loss that takes as long as one of a layer."""
-        units = self.units()
-        loss = int(layer * units[Feature.LAYER] / units[Feature.LOSS])
-        return Windows(layer, min(layer, max(MIN_LOSS_WINDOW, loss)))
 
     def prior(self, device: str) -> Vector:
         """Seconds of each `Feature`, a first guess."""

@@ -24,9 +24,9 @@ from flexft_patches import engine_loop
 from vllm_flexft.config import SLOConfig
 from vllm_flexft.config.peft import PeftConfig
 from vllm_flexft.graph.families import target_layers, target_names
-from vllm_flexft.graph.job_memory import Lanes
 from vllm_flexft.graph.memory import adapter_parameters
 from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.graph.windows import backward_windows
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
@@ -49,9 +49,6 @@ from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model,
 
 logger = logging.getLogger("vllm.flexft")
 
-WINDOW = 256  # tokens of a backward window: large enough for efficient GEMMs
-MIN_LANE_TOKENS = 2048
-NUM_LANES = 2  # the next micro-batch's forward may overlap the last slices of this one
 RESERVED_BLOCKS_SHARE = 0.05  # of the KV cache, never lent to finetuning
 # A micro-batch needs all its blocks at once: it finds them beside steady requests only while it is
 # small against the cache.
@@ -90,9 +87,8 @@ class CoServeMixin(_SchedulerBase):
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
         self._in_prefill: set[str] = set()  # requests without a first token
-        self._costs = UnitCosts.of(self._shape)
         device = self.vllm_config.device_config.device_type
-        model = LatencyModel(self._costs.prior(device))
+        model = LatencyModel(UnitCosts.of(self._shape).prior(device))
         self._latency_file = latency_file(self.vllm_config)
         self._latency_file.load(model)
         trace = StepTrace() if config.options.step_trace is not None else None
@@ -308,10 +304,10 @@ class CoServeMixin(_SchedulerBase):
         num_jobs = self._co_serve.options.max_jobs_at_once
         memory_bytes = self._engine_limits.memory_bytes()
         lanes = self._engine_limits.job_memory(prepared.job).lanes_within(
-            Lanes(NUM_LANES, MIN_LANE_TOKENS), prepared.longest, memory_bytes
+            prepared.longest, memory_bytes
         )
         limits = Limits(
-            windows=self._costs.windows(WINDOW),
+            windows=backward_windows(self._shape),
             lane_tokens=lanes.tokens,
             num_lanes=lanes.count,
             max_rows=self._co_serve.options.max_rows_in_flight,

@@ -2,7 +2,7 @@
 
 State that lives between slices (working.py): the gradient of the residual stream for all tokens,
 and, for the layer in work, its keys and values (read once from the paged cache) with their fp32
-gradients.
+gradients. The logits of a window of the loss have their place there too.
 Legend: T micro-batch tokens, W window, N supervised rows, D hidden.
 """
 
@@ -117,8 +117,10 @@ class MicroBatchBackward:
             self.model.lm_head,
             targets_N,
             batch.loss_scale,
+            row_block=len(self._working.logits),
             vocab_size=self.model.vocab_size,
             need_grad=batch.train,
+            workspace=self._working.logits,
         )
         self.loss_sum += loss
         self.num_correct += correct

@@ -78,7 +78,7 @@ class Trainer:
             model.device,
             offload=setup.activation_policy == "offload",
         )
-        self.working = WorkingBuffers(model.shape, lanes, model.dtype, model.device)
+        self.working = WorkingBuffers(model.shape, lanes, setup.windows, model.dtype, model.device)
         self._layers = {
             index: LayerBackward.of(model.layers[index], self.adapter, needs)
             for index, needs in self.memory.needs.items()
@@ -93,7 +93,13 @@ class Trainer:
     def _plan_memory(self, lanes: Lanes, memory_bytes: float) -> MemoryPlan:
         """What the layers keep, with what is left of the budget after the rest is counted."""
         setup, model = self.setup, self.model
-        memory = JobMemory.of(model.shape, setup.job, model.dtype.itemsize, setup.activation_policy)
+        memory = JobMemory.of(
+            model.shape,
+            setup.job,
+            model.dtype.itemsize,
+            setup.activation_policy,
+            setup.windows,
+        )
         return memory.plan(lanes, memory_bytes)
 
     def _restore(self) -> None:

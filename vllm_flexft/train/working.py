@@ -1,8 +1,8 @@
 """What the backward works in beside the kept activations, allocated once when the job opens.
 
-One micro-batch is in backward at a time, one layer of it at a time, so one set of keys and values
-serves them all; a residual gradient belongs to its lane.
-Legend: T micro-batch tokens, D hidden, K KV heads, E head dim.
+One micro-batch is in backward at a time, one layer of it at a time, so one set of keys and values,
+and one of logits, serves them all; a residual gradient belongs to its lane.
+Legend: T micro-batch tokens, D hidden, K KV heads, E head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from torch import Tensor
 
 from vllm_flexft.graph.job_memory import Lanes
 from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.graph.windows import logits_rows
+from vllm_flexft.plan import Windows
 
 
 class WorkingBuffers:
     def __init__(
-        self, shape: ModelShape, lanes: Lanes, dtype: torch.dtype, device: torch.device
+        self,
+        shape: ModelShape,
+        lanes: Lanes,
+        windows: Windows,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         heads = (2, lanes.tokens, shape.num_kv_heads, shape.head_dim)
         self._d_residual = torch.empty(
@@ -24,10 +31,14 @@ class WorkingBuffers:
         )
         self._kv = torch.empty(heads, dtype=dtype, device=device)
         self._kv_grads = torch.empty(heads, dtype=torch.float32, device=device)
+        # (rows, V): of a window of the loss
+        rows = logits_rows(windows)
+        self.logits = torch.empty(rows, shape.vocab_size, dtype=dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
-        return self._d_residual.nbytes + self._kv.nbytes + self._kv_grads.nbytes
+        buffers = (self._d_residual, self._kv, self._kv_grads, self.logits)
+        return sum(buffer.nbytes for buffer in buffers)
 
     def residual_grad(self, lane: int, tokens: int) -> Tensor:
         """(T, D) fp32 zeros."""

@@ -1,0 +1,26 @@
+"""How long a slice of the backward is: known beforehand, for the memory plan and the scheduler."""
+
+from __future__ import annotations
+
+from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.plan import Windows
+
+WINDOW = 256  # tokens of a layer's slice: large enough for efficient GEMMs
+MIN_LOSS_WINDOW = 32  # rows; the head's weights are read for each
+MAX_LOGITS_ROWS = 256  # of a larger window of the loss, as many at a time
+# A frozen layer's backward over its forward: dX (1.0) + norms, activation, attention's five GEMMs
+# for two, adapter gradients (about 0.4)
+BACKWARD_RATIO = 1.4
+
+
+def backward_windows(shape: ModelShape) -> Windows:
+    """With a window of the loss that takes as long as one of a layer: a row of the loss costs two
+    GEMMs with the LM head."""
+    head = 2 * shape.hidden_size * shape.vocab_size
+    loss = int(WINDOW * BACKWARD_RATIO * shape.layer_parameters / head)
+    return Windows(WINDOW, min(WINDOW, max(MIN_LOSS_WINDOW, loss)))
+
+
+def logits_rows(windows: Windows) -> int:
+    """Rows of logits that exist at a time."""
+    return min(MAX_LOGITS_ROWS, windows.loss)
