@@ -35,7 +35,7 @@ RANK_GIVEN_KEY = "co_finetune_rank_was_given"
 
 # vLLM numbers adapters that it loads itself from 1 upwards, in each API server on its own. Ours
 # need numbers that all API servers agree on: this base plus the version's row in the job store.
-# Numbers must stay below 2^31, the runner keeps them as int32.
+# Numbers must stay below 2^31: model runner V2 keeps them as int32.
 SERVED_LORA_ID_BASE = 1 << 24
 TRAINING_LORA_ID_BASE = 1 << 30
 
