@@ -168,8 +168,8 @@ def build_engine_config(
     with _Overridden(engine_args, **_lora_and_worker(engine_args, carried)):
         vllm_config = create()
     support.check_engine_config(vllm_config)
-    # Only now is it known whether vLLM schedules asynchronously: it decides that while the config is
-    # built, whatever the scheduler's class, and a class of the other kind would not fit.
+    # Only now is it known whether vLLM schedules asynchronously: it decides while it builds the
+    # config, whatever the scheduler's class, and a class of the other kind would not fit.
     vllm_config.scheduler_config.scheduler_cls = scheduler_for(vllm_config.scheduler_config)
     return vllm_config
 
