@@ -11,11 +11,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
+
+from vllm_flexft.sched.retirement import Retirement
 
 BLOCK = 16
 TOKEN = 7  # what the model says
@@ -31,7 +32,7 @@ class Feed:
     """Plays the thread that brings jobs: they come from `BareEngine.train`."""
 
     def __init__(self, *_: Any) -> None:
-        self.retirement = SimpleNamespace(pending=False, in_use=frozenset())
+        self.retirement = Retirement()
         self.wake: Callable[[], None] = lambda: None
         self.ready: list[Any] = []
 

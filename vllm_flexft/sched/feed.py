@@ -154,6 +154,8 @@ class JobFeed(threading.Thread):
         self._drain_outbox(timeout)
         self._look_for_lost_lease()
         self.retirement.delete_due()
+        if self.retirement.awaits_look:
+            self.wake()  # an idle engine looks at nothing by itself
         self._finish_when_tidy()
         if time.monotonic() >= self._next_cancel_poll:
             self._next_cancel_poll = time.monotonic() + CANCEL_POLL_S
@@ -273,7 +275,7 @@ class JobFeed(threading.Thread):
         """A job has ended when its folder is as it will stay: without surplus checkpoints."""
         ended = [job for job in self._jobs.values() if job.ending is not None]
         for job in ended:
-            if self._stopping.is_set() or not self.retirement.in_grace(job.prepared.output_dir):
+            if self._stopping.is_set() or self.retirement.settled(job.prepared.output_dir):
                 self.retirement.delete_due()
                 job.finish(self._owner)
                 del self._jobs[job.prepared.job_id]

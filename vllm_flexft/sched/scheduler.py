@@ -135,9 +135,9 @@ class CoServeMixin(_SchedulerBase):
         self.finished_req_ids.update(self._chunks_in_flight)
         self._chunks_in_flight = []
         self._give_way_to_inference()
-        output: SchedulerOutput = super().schedule(*args, **kwargs)
         if self._feed.retirement.pending:
-            self._feed.retirement.in_use = self._adapters_in_use()
+            self._look_over_adapters()
+        output: SchedulerOutput = super().schedule(*args, **kwargs)
         self._pacer.tokens.ended(output.finished_req_ids)
         self._in_prefill.update(request.req_id for request in output.scheduled_new_reqs)
         load = self._load_of(output)
@@ -169,6 +169,8 @@ class CoServeMixin(_SchedulerBase):
         pending = bool(self._runs or self._closing or self._feed.has_ready())
         if not (finetuning := self._may_finetune() and pending):
             self._pacer.idle()
+            if self._feed.retirement.pending and not self._pacer.step_runs:
+                self._look_over_adapters()
         return finetuning
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -203,10 +205,11 @@ class CoServeMixin(_SchedulerBase):
 
     # ---- finetuning
 
-    def _adapters_in_use(self) -> frozenset[str]:
-        """Folders of the adapters that unfinished requests name."""
-        named = (request.lora_request for request in self.requests.values())
-        return frozenset(lora.lora_path for lora in named if lora is not None)
+    def _look_over_adapters(self) -> None:
+        """Tell which adapters' folders unfinished requests name."""
+        now, requests = time.monotonic(), self.requests.values()
+        named = frozenset(r.lora_request.lora_path for r in requests if r.lora_request is not None)
+        self._feed.retirement.seen(named, now, step_runs=self._pacer.step_runs)
 
     def _may_finetune(self) -> bool:
         return self._pause_state == PauseState.UNPAUSED and self._engine_running()
