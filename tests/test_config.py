@@ -23,6 +23,7 @@ from vllm_flexft.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from vllm_flexft.config.job import what_is_trained
 
 MINIMAL = {"name": "a", "dataset": {"path": "train.jsonl"}}
 
@@ -174,6 +175,26 @@ def test_hash_ignores_order_and_spelling_but_not_values() -> None:
     same = job(peft={"lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "q_proj"]})
     other = job(peft={"lora_alpha": 32, "target_modules": ["q_proj"]})
     assert one.config_hash() == same.config_hash() != other.config_hash()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"slo": {"tpot_ms": 80}},
+        {"priority": 3, "weight": 2.0},
+        {"training": {"save_steps": 7, "save_total_limit": None}},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_hash_ignores_what_the_weights_do_not_depend_on(keys: dict) -> None:
+    assert job(**keys).config_hash() == job().config_hash()
+
+
+def test_hash_depends_on_every_other_value() -> None:
+    assert job(training={"seed": 1}).config_hash() != job().config_hash()
+    ignored = {"slo", "priority", "weight", "report_to"}
+    trained = what_is_trained(job().model_dump(mode="json"))
+    assert trained.keys() == FinetuneJob.model_fields.keys() - ignored
 
 
 def test_relative_paths_are_relative_to_base_dir(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import sqlite3
 
 import pytest
 
+from vllm_flexft.jobs import database
 from vllm_flexft.jobs.database import MIGRATIONS, Database
 
 
@@ -27,6 +28,19 @@ def test_an_exception_rolls_the_whole_transaction_back(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail_after_writing()
     assert db.read("SELECT * FROM jobs") == []
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "jobs.sqlite"
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "MIGRATIONS", MIGRATIONS[:1])
+        with Database(path).write() as conn:
+            conn.execute(
+                "INSERT INTO jobs (id, name, status, created_at, queued_at)"
+                " VALUES ('i', 'n', 'failed', 0, 0)"
+            )
+    [row] = Database(path).read("SELECT * FROM jobs")
+    assert (row["id"], row["deaths"]) == ("i", 0)
 
 
 def test_a_newer_version_is_refused(tmp_path) -> None:

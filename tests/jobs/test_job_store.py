@@ -53,6 +53,41 @@ class TestSubmitAgain:
         assert not again.cancel_requested
         assert again.finished_at is None
 
+    def test_a_succeeded_job_whose_adapter_is_gone_is_trained_again(
+        self, store, make_job, tmp_path, caplog
+    ) -> None:
+        store.submit(make_job(), model="base")
+        [job] = store.lease(ME)
+        store.progress(job.id, 9, 9, {"loss": 1.0}, owner=ME)
+        final = store.add_version(job.id, "gsm8k", str(tmp_path), 9, True)
+        (tmp_path / "adapter_config.json").touch()
+        store.finish(job.id, JobStatus.SUCCEEDED)
+        assert store.submit(make_job(), model="base").status == JobStatus.SUCCEEDED
+
+        (tmp_path / "adapter_config.json").unlink()
+        again = store.submit(make_job(), model="base")
+        assert (again.id, again.status, again.step) == (job.id, JobStatus.QUEUED, 0)
+        assert again.finished_at is None
+        assert f"no adapter in {tmp_path} any more" in caplog.text
+        assert [v.retired for v in store.versions()] == [True]
+        assert store.add_version(job.id, "gsm8k", str(tmp_path), 9, True).id > final.id
+
+    def test_values_that_train_nothing_are_taken_from_the_last_submission(
+        self, store, make_job
+    ) -> None:
+        first = store.submit(make_job(), model="base")
+        changed = make_job(slo={"tpot_ms": 90}, training={"save_steps": 7, "save_total_limit": 5})
+        again = store.submit(changed, model="base")
+        assert again.id == first.id
+        assert again.job() == changed
+
+    def test_only_what_matters_is_named_as_different(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        with pytest.raises(NameInUseError) as error:
+            store.submit(make_job(slo={"tpot_ms": 90}, peft={"r": 16}), model="base")
+        assert "peft.r" in str(error.value)
+        assert "slo" not in str(error.value)
+
     def test_a_different_job_is_refused_with_what_differs(self, store, make_job) -> None:
         store.submit(make_job(training={"learning_rate": 1e-4}), model="base")
         with pytest.raises(NameInUseError) as e:
@@ -155,6 +190,62 @@ class TestLease:
         assert [j.name for j in store.lease(ME, limit=2)] == ["a", "b"]
 
 
+class TestAbandoned:
+    """Engines that end without a word; here because their leases expire."""
+
+    @pytest.fixture
+    def store(self, tmp_path):
+        return JobStore(tmp_path / "jobs.sqlite", lease_s=0.0)
+
+    def lease_and_die(self, store, *steps: int):
+        """Whether there was a job to take."""
+        owner = new_owner()
+        leased = store.lease(owner)
+        for job in leased:
+            for step in steps:
+                store.progress(job.id, step, 100, {}, owner=owner)
+        return bool(leased)
+
+    def test_a_job_whose_engine_dies_each_time_at_the_same_step_is_given_up(
+        self, store, make_job, caplog
+    ) -> None:
+        store.submit(make_job(), model="base")
+        attempts = 0
+        while self.lease_and_die(store, 5, 6, 7):
+            attempts += 1
+            assert attempts < 10
+        record = store.get("gsm8k")
+        assert (attempts, record.status) == (5, JobStatus.FAILED)
+        assert "died 4 times in a row and never got beyond step 7" in record.error
+        assert "memory_gib" in record.error
+        assert record.error in caplog.text
+
+    def test_so_is_one_that_never_gets_to_its_first_step(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        assert [self.lease_and_die(store) for _ in range(5)] == [True] * 4 + [False]
+
+    def test_submitted_again_it_has_all_its_attempts(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        while self.lease_and_die(store):
+            pass
+        assert store.submit(make_job(), model="base").status == JobStatus.QUEUED
+        assert [self.lease_and_die(store) for _ in range(5)] == [True] * 4 + [False]
+
+    def test_attempts_that_end_at_different_steps_are_not_limited(self, store, make_job) -> None:
+        """Killed at random: a resume may even end before the step at which the last one did."""
+        store.submit(make_job(), model="base")
+        for number in range(20):
+            early = number % 4 != 3  # before the first step of the attempt
+            assert self.lease_and_die(store, *(() if early else (30 - number,)))
+
+    def test_orderly_shutdowns_are_not_counted(self, store, make_job) -> None:
+        store.submit(make_job(), model="base")
+        for _ in range(10):
+            [job] = store.lease(owner := new_owner())
+            store.release(job.id, owner)
+        assert store.get("gsm8k").status == JobStatus.QUEUED
+
+
 class TestCancel:
     def test_a_queued_job_is_cancelled_at_once(self, store, make_job) -> None:
         job = store.submit(make_job(), model="base")
@@ -227,6 +318,16 @@ class TestVersions:
         store.add_version(a.id, "x", "/a", 9, True)
         with pytest.raises(NameInUseError, match="'x' already means the adapter in /a"):
             store.add_version(b.id, "x", "/b", 9, True)
+
+    def test_a_retired_one_is_announced_anew_under_another_number(self, store, make_job) -> None:
+        """Its job was trained again into the same folder."""
+        job = store.submit(make_job(), model="base")
+        old = store.add_version(job.id, "x@step-1", "/a/checkpoint-1", 1, False)
+        store.retire_versions(["/a/checkpoint-1"])
+        new = store.add_version(job.id, "x@step-1", "/a/checkpoint-1", 1, False)
+        assert store.versions() == [new]
+        assert not new.retired
+        assert new.id > old.id
 
     def test_a_pruned_one_is_retired(self, store, make_job) -> None:
         job = store.submit(make_job(), model="base")

@@ -17,6 +17,7 @@ LEGAL = {
     ("running", "cancelled"),
     ("failed", "queued"),
     ("cancelled", "queued"),
+    ("succeeded", "queued"),
 }
 
 
@@ -29,6 +30,5 @@ def test_only_listed_transitions_are_legal(old: JobStatus, new: JobStatus) -> No
             check_transition(old, new)
 
 
-def test_a_succeeded_job_never_changes() -> None:
-    assert TRANSITIONS[JobStatus.SUCCEEDED] == frozenset()
-    assert JobStatus.SUCCEEDED in FINISHED
+def test_a_job_that_ended_can_only_be_queued_again() -> None:
+    assert all(TRANSITIONS[end] == {JobStatus.QUEUED} for end in FINISHED)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vllm_flexft.config import FinetuneJob, ServerOptions
+from vllm_flexft.jobs.owner import new_owner
 from vllm_flexft.jobs.store import JobStore
 from vllm_flexft.plan import Written
 from vllm_flexft.sched import feed as feed_module
@@ -191,6 +192,19 @@ def test_the_folder_of_another_finished_job_is_refused(
     wait(lambda: store.get(job_id).status == "failed")
     assert "another output_dir" in store.get(job_id).error
     assert not (tmp_path / "a" / "job.yaml").exists()
+
+
+def test_a_job_that_another_engine_took_gets_no_more_progress(
+    feed: JobFeed, store: JobStore, tmp_path: Path
+) -> None:
+    job_id = submit(store, tmp_path, "a")
+    prepared = take(feed)
+    with sqlite3.connect(job_store_path(ServerOptions(state_dir=tmp_path / "state"))) as database:
+        database.execute("UPDATE jobs SET lease_expires = 0")
+    [taken] = store.lease(new_owner())
+    feed.report(prepared, step_record(1))
+    wait(lambda: feed.is_cancelled(job_id))
+    assert store.get(job_id) == taken
 
 
 def failing_once(original: Callable[..., Any]) -> Callable[..., Any]:

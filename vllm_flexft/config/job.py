@@ -21,8 +21,9 @@ from vllm_flexft.config.training import TrainingConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 REPORTERS = ("tensorboard", "wandb")
-# When a job runs, not what it trains: left out of its hash.
-QUEUE_KEYS = ("priority", "weight")
+# How a job is run and kept, not what it trains: left out of its hash.
+QUEUE_KEYS = ("priority", "weight", "slo", "report_to")
+SAVE_KEYS = ("save_steps", "save_total_limit")  # of `training`
 
 
 class SLOConfig(Section):
@@ -113,8 +114,8 @@ class FinetuneJob(Section):
     def config_hash(self) -> str:
         """SHA-256 (hex) of the job: equal for jobs that train the same, in every process and
         version."""
-        training = self.model_dump(mode="json", exclude=set(QUEUE_KEYS))
-        canonical = json.dumps(training, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        trained = what_is_trained(self.model_dump(mode="json"))
+        canonical = json.dumps(trained, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def resolve_output_dir(self, options: ServerOptions) -> Path:
@@ -178,6 +179,15 @@ class FinetuneJob(Section):
                 "but there is no validation; give validation.path"
             )
         return self
+
+
+def what_is_trained(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a job, as plain values with every default filled in, that its weights depend
+    on."""
+    trained = {key: value for key, value in job.items() if key not in QUEUE_KEYS}
+    training = trained["training"]
+    trained["training"] = {key: training[key] for key in training if key not in SAVE_KEYS}
+    return trained
 
 
 D = TypeVar("D", bound=DatasetConfig)

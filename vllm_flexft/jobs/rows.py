@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 import uuid
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_flexft.config import FinetuneJob
+from vllm_flexft.config.job import what_is_trained
 from vllm_flexft.jobs.owner import provably_dead
 from vllm_flexft.jobs.records import (
     JobRecord,
@@ -20,6 +22,13 @@ from vllm_flexft.jobs.records import (
     differing_keys,
 )
 from vllm_flexft.jobs.states import FINISHED, JobStatus, check_transition
+
+logger = logging.getLogger("vllm.flexft")
+
+# Of a job that got no further than when its engine was last gone. More than an unlucky user's kill -9s,
+# or a machine's bad day; few enough that requests are soon served in peace.
+MAX_REQUEUES = 3
+ADAPTER_FILE = "adapter_config.json"  # without it there is no adapter for PEFT and vLLM
 
 
 def new_id() -> str:
@@ -104,12 +113,51 @@ def requeue(conn: sqlite3.Connection, job: JobRecord, why: str) -> None:
 
 
 def requeue_if_abandoned(conn: sqlite3.Connection, job: JobRecord, now: float) -> None:
+    """Where that happens again and again without progress, the job fails: it may be what ends the
+    engine, and requests with it."""
     assert job.owner is not None
     assert job.lease_expires is not None
     if provably_dead(job.owner):
-        requeue(conn, job, "its engine died")
+        why = "its engine died"
     elif job.lease_expires < now:
-        requeue(conn, job, "its engine's lease expired")
+        why = "its engine's lease expired"
+    else:
+        return
+    [(deaths,)] = conn.execute(
+        "UPDATE jobs SET death_step = step,"
+        " deaths = CASE WHEN COALESCE(death_step, 0) = step THEN deaths + 1 ELSE 0 END"
+        " WHERE id = ? RETURNING deaths",
+        (job.id,),
+    ).fetchall()
+    if deaths <= MAX_REQUEUES or job.cancel_requested:
+        requeue(conn, job, why)
+        return
+    error = (
+        f"the server died {deaths} times in a row and never got beyond step {job.step}; a job that "
+        "needs too much memory does that: look for the cause in the server's log and the "
+        "system's, lower memory_gib or dataset.max_length, then submit the job again"
+    )
+    logger.error("Finetune job %s is given up: %s", job.name, error)
+    move(conn, job, JobStatus.FAILED, error=error, finished_at=now)
+    add_event(conn, job.id, "error", error)
+
+
+def requeue_if_adapter_gone(conn: sqlite3.Connection, job: JobRecord) -> None:
+    """A finished job whose adapter is no longer in its folder: it is trained once more."""
+    row = conn.execute("SELECT path FROM versions WHERE job_id = ? AND final", (job.id,)).fetchone()
+    if row is None or Path(row["path"], ADAPTER_FILE).exists():
+        return
+    why = f"submitted again after it had finished: there is no adapter in {row['path']} any more"
+    logger.warning("[%s] is trained again: %s", job.name, why)
+    conn.execute("UPDATE versions SET retired = 1 WHERE job_id = ? AND final", (job.id,))
+    queue_again(conn, job, why, step=0, metrics="{}")
+
+
+def queue_again(conn: sqlite3.Connection, job: JobRecord, why: str, **columns: Any) -> None:
+    """A job that had ended."""
+    columns |= {"error": None, "cancel_requested": 0, "finished_at": None, "deaths": 0}
+    move(conn, job, JobStatus.QUEUED, **columns)
+    add_event(conn, job.id, "info", why)
 
 
 def check_owner(job: JobRecord, owner: str | None) -> None:
@@ -126,7 +174,8 @@ def check_same_job(old: JobRecord, job: FinetuneJob, config: Mapping[str, Any], 
     differences = [] if old.model == model else [f"base model: {old.model!r} -> {model!r}"]
     if old.config_hash != job.config_hash():
         assert old.config is not None
-        differences += differing_keys(old.config, config) or ["its configuration"]
+        trained = what_is_trained(old.config), what_is_trained(config)
+        differences += differing_keys(*trained) or ["its configuration"]
     if differences:
         raise NameInUseError(
             f"the name {job.name!r} belongs to job {old.id} ({old.status}), which differs in "

@@ -8,7 +8,7 @@
              cancelled
 
 A queued job may also fail: it is looked over when a server starts. A failed or cancelled job is
-queued again when the same job is submitted again.
+queued again when the same job is submitted again, and so is a succeeded one whose adapter is gone.
 """
 
 from enum import StrEnum
@@ -29,7 +29,7 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.RUNNING: frozenset(
         {JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
     ),
-    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.SUCCEEDED: frozenset({JobStatus.QUEUED}),
     JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
     JobStatus.CANCELLED: frozenset({JobStatus.QUEUED}),
 }

@@ -24,8 +24,10 @@ from vllm_flexft.jobs.rows import (
     insert_job,
     move,
     new_id,
+    queue_again,
     requeue,
     requeue_if_abandoned,
+    requeue_if_adapter_gone,
     to_json,
     to_version,
 )
@@ -57,9 +59,11 @@ class JobStore:
     def submit(self, job: FinetuneJob, *, model: str) -> JobRecord:
         """Queue `job` for training on the base model `model`. Idempotent by name.
 
-        The same job again: succeeded, queued or running returns the existing record (a running
-        one whose owner died goes back to the queue), failed or cancelled is queued once more
-        and resumes from its last checkpoint.
+        The same job again: queued or running returns the existing record (a running one whose
+        owner died goes back to the queue, or fails if that happened too often), failed or
+        cancelled is queued once more and resumes from its last checkpoint, and so is a succeeded
+        one whose adapter is gone from its folder. What is not trained (`slo`, say) is taken from
+        the new submission.
         Raises NameInUseError if the name belongs to a different job, or the output folder to
         another job.
         """
@@ -74,8 +78,9 @@ class JobStore:
             if old.status == JobStatus.RUNNING:
                 requeue_if_abandoned(conn, old, now)
             elif old.status in (JobStatus.FAILED, JobStatus.CANCELLED):
-                move(conn, old, JobStatus.QUEUED, error=None, cancel_requested=0, finished_at=None)
-                add_event(conn, old.id, "info", f"submitted again after it was {old.status}")
+                queue_again(conn, old, f"submitted again after it was {old.status}")
+            elif old.status == JobStatus.SUCCEEDED:
+                requeue_if_adapter_gone(conn, old)
             return get_job(conn, old.id)
 
     def refuse(self, name: str, source: str, error: str) -> JobRecord:
@@ -261,8 +266,9 @@ class JobStore:
     def add_version(self, job_id: str, name: str, path: str, step: int, final: bool) -> Version:
         """Announce an adapter folder to be served under `name`.
 
-        Repeating it is harmless. Raises NameInUseError if `name` means another folder: new
-        weights need a new name, since vLLM's prefix cache keys on name and path.
+        Repeating it is harmless; one that was retired is served anew. Raises NameInUseError if
+        `name` means another folder: new weights need a new name, since vLLM's prefix cache keys on
+        name and path.
         """
         with self._db.write() as conn:
             row = conn.execute("SELECT * FROM versions WHERE name = ?", (name,)).fetchone()
@@ -271,6 +277,10 @@ class JobStore:
                     f"the served name {name!r} already means the adapter in {row['path']}; "
                     f"{path} needs another name"
                 )
+            if row is not None and row["retired"]:
+                # A new row, since vLLM's number of the adapter derives from it.
+                conn.execute("DELETE FROM versions WHERE id = ?", (row["id"],))
+                row = None
             if row is None:
                 conn.execute(
                     "INSERT INTO versions (job_id, name, path, step, final, created_at)"

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_flexft.jobs.owner import new_owner
-from vllm_flexft.jobs.records import JobRecord
+from vllm_flexft.jobs.records import JobRecord, LeaseLostError
 from vllm_flexft.jobs.states import JobStatus
 from vllm_flexft.jobs.store import JobStore
 from vllm_flexft.obs.metrics import METRICS_FILE, restore
-from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints
+from vllm_flexft.publish.checkpoint import read_checkpoint, sound_checkpoints, surplus
 from vllm_flexft.publish.final import read_final
 from vllm_flexft.publish.manifest import CheckpointError
 from vllm_flexft.sched.admission import Admission, EngineLimits
@@ -183,7 +183,9 @@ class JobFeed(threading.Thread):
             try:
                 prepared = self._prepare(record)
                 if prepared is not None:
-                    self._jobs[record.id] = LeasedJob(prepared, self._store, self.retirement)
+                    self._jobs[record.id] = LeasedJob(
+                        prepared, self._store, self.retirement, self._owner
+                    )
             except _NotWantedError:
                 if not self._stopping.is_set():  # else it goes back to the queue
                     self._end(record.id, JobStatus.CANCELLED)
@@ -238,7 +240,11 @@ class JobFeed(threading.Thread):
         gone = [v.path for v in self._store.versions() if v.job_id == record.id and not v.retired]
         self._store.retire_versions(path for path in gone if not Path(path).is_dir())
         found = sound_checkpoints(output_dir, record.job().config_hash())
+        limit = record.job().training.save_total_limit
+        going = set(surplus(output_dir, limit))
         for step, path in found:
+            if path in going:
+                continue
             name = f"{record.name}@step-{step}"
             self._store.add_version(record.id, name, str(path), step, final=False)
         if found:
@@ -246,7 +252,6 @@ class JobFeed(threading.Thread):
             restore(
                 output_dir / METRICS_FILE, step, read_checkpoint(path, verify=False).log_history
             )
-        limit = record.job().training.save_total_limit
         self.retirement.retire(self._store, output_dir, limit)
 
     # ---- records
@@ -263,7 +268,10 @@ class JobFeed(threading.Thread):
             prepared, record = told
             try:
                 if (job := self._jobs.get(prepared.job_id)) is not None:
-                    job.record(record)
+                    try:
+                        job.record(record)
+                    except LeaseLostError:
+                        self._lose(job)
             except sqlite3.Error:
                 if isinstance(record, WrittenRecord):
                     self._outbox.put((prepared, record))  # once more: it would never be served
@@ -277,7 +285,7 @@ class JobFeed(threading.Thread):
         for job in ended:
             if self._stopping.is_set() or self.retirement.settled(job.prepared.output_dir):
                 self.retirement.delete_due()
-                job.finish(self._owner)
+                job.finish()
                 del self._jobs[job.prepared.job_id]
 
     def _end(self, job_id: str, status: JobStatus, error: str | None = None) -> None:
@@ -287,9 +295,12 @@ class JobFeed(threading.Thread):
         """This process was asleep, or cut off from the store, for longer than a lease lasts."""
         for job_id, job in self._jobs.items():
             if not (job.lease_lost or self._lease.holds(job_id)):
-                logger.error("Finetune job %s was taken over by another engine", job_id)
-                job.lease_lost = True
-                self._cancelled.add(job_id)
+                self._lose(job)
+
+    def _lose(self, job: LeasedJob) -> None:
+        logger.error("Finetune job %s was taken over by another engine", job.prepared.job_id)
+        job.lease_lost = True
+        self._cancelled.add(job.prepared.job_id)
 
     def _look_for_cancellation(self) -> None:
         for job_id in self._jobs:

@@ -18,13 +18,17 @@ logger = logging.getLogger("vllm.flexft")
 class LeasedJob:
     """From the moment at which the job is ready until its end is told. For the feed's thread."""
 
-    def __init__(self, prepared: PreparedJob, store: JobStore, retirement: Retirement) -> None:
+    def __init__(
+        self, prepared: PreparedJob, store: JobStore, retirement: Retirement, owner: str
+    ) -> None:
         self.prepared, self._store, self._retirement = prepared, store, retirement
+        self._owner = owner
         self.ending: EndRecord | None = None
         self.lease_lost = False
         self._reporter = Reporter(prepared)
 
     def record(self, record: Record) -> None:
+        """Raises LeaseLostError when another engine has the job."""
         if isinstance(record, EndRecord):
             self.ending = record
         elif self.lease_lost:
@@ -35,16 +39,18 @@ class LeasedJob:
             metrics = self._reporter.log(record)
             if metrics is not None:
                 total_steps = self.prepared.order.total_steps
-                self._store.progress(self.prepared.job_id, metrics["step"], total_steps, metrics)
+                self._store.progress(
+                    self.prepared.job_id, metrics["step"], total_steps, metrics, owner=self._owner
+                )
 
-    def finish(self, owner: str) -> None:
+    def finish(self) -> None:
         assert self.ending is not None
         self._reporter.finish(self.ending)
         status = JobStatus.FAILED if self.ending.error else JobStatus.SUCCEEDED
         if self.ending.cancelled:
             status = JobStatus.CANCELLED
         if not self.lease_lost:  # else its state is another engine's to tell
-            end_job(self._store, self.prepared.job_id, status, self.ending.error, owner)
+            end_job(self._store, self.prepared.job_id, status, self.ending.error, self._owner)
 
     def _announce(self, record: WrittenRecord) -> None:
         """Every version has its own name: `name` for the final adapter, else `name@step-N`."""
