@@ -35,6 +35,7 @@ class Feed:
         self.retirement = Retirement()
         self.wake: Callable[[], None] = lambda: None
         self.ready: list[Any] = []
+        self.reported: list[Any] = []
 
     def start(self) -> None: ...
 
@@ -46,7 +47,10 @@ class Feed:
     def take(self) -> Any:
         return self.ready.pop(0) if self.ready else None
 
-    def report(self, prepared: Any, record: Any) -> None: ...
+    def report(self, prepared: Any, record: Any) -> None:
+        self.reported.append(record)
+
+    def save(self, file: Any, state: Any) -> None: ...
 
     def is_cancelled(self, job_id: str) -> bool:
         return False

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vllm_flexft.publish import fsops
-from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
+from vllm_flexft.publish.adapter_files import read_adapter
+from vllm_flexft.publish.checkpoint import TrainState, latest_checkpoint, read_checkpoint
 from vllm_flexft.publish.final import read_final
 from vllm_flexft.publish.manifest import CheckpointError
 from vllm_flexft.publish.writer import CheckpointWriter, WriteRequest
@@ -83,6 +85,25 @@ def test_the_masters_may_change_while_a_write_waits(
     assert writer.drain(120)
     written = read_checkpoint(out / "checkpoint-1").adapter
     assert all(torch.equal(written[k], t) for k, t in make_state(1).adapter.items())
+
+
+def test_a_checkpoint_and_the_final_adapter_share_one_copy_of_their_state(
+    writer, request_for, out, make_state, monkeypatch
+) -> None:
+    copies, snapshot = [], TrainState.snapshot
+    monkeypatch.setattr(
+        TrainState, "snapshot", lambda self: copies.append(snapshot(self)) or copies[-1]
+    )
+    checkpoint = request_for(9)
+    writer.submit(checkpoint, replace(checkpoint, kind="final"))
+    for tensor in checkpoint.state.adapter.values():
+        tensor.zero_()
+    assert writer.drain(120)
+    assert len(copies) == 1
+    expected = make_state(9).adapter
+    for folder in (out / "checkpoint-9", out):
+        written, _ = read_adapter(folder)
+        assert all(torch.equal(written[k], t) for k, t in expected.items())
 
 
 def test_an_error_becomes_a_result_and_the_next_write_goes_on(writer, request_for, out) -> None:

@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from benchmarks.bare_scheduler import BareEngine
 from vllm_flexft.jobs.store import JobStore
 from vllm_flexft.sched import retirement
-from vllm_flexft.sched.retirement import GRACE_S, Retirement
+from vllm_flexft.sched.retirement import Retirement
 
 
 @pytest.fixture
@@ -47,11 +47,12 @@ def look(retiring: Retirement, *named: Path, at: float | None = None, step_runs:
     retiring.delete_due()
 
 
-def test_nothing_is_deleted_before_the_grace_is_over(output_dir, store):
+def test_nothing_is_deleted_before_the_grace_is_over(output_dir, store, monkeypatch):
+    monkeypatch.setattr(retirement, "GRACE_S", 60.0)
     retiring = Retirement()
     retired = time.monotonic()
     retiring.retire(store, output_dir, 2)
-    look(retiring, at=retired + 0.9 * GRACE_S)
+    look(retiring, at=retired + 59.0)
     assert retiring.pending
     assert left(output_dir) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 

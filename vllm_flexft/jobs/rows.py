@@ -25,8 +25,8 @@ from vllm_flexft.jobs.states import FINISHED, JobStatus, check_transition
 
 logger = logging.getLogger("vllm.flexft")
 
-# Of a job that got no further than when its engine was last gone. More than an unlucky user's kill -9s,
-# or a machine's bad day; few enough that requests are soon served in peace.
+# Of a job that got no further than when its engine was last gone. More than an unlucky user's
+# kill -9s, or a machine's bad day; few enough that requests are soon served in peace.
 MAX_REQUEUES = 3
 ADAPTER_FILE = "adapter_config.json"  # without it there is no adapter for PEFT and vLLM
 

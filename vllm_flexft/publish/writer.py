@@ -56,25 +56,31 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, name="flexft-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, request: WriteRequest) -> int:
-        """Queue a request and return its ticket, without waiting for the disk.
+    def submit(self, *requests: WriteRequest) -> int:
+        """Queue requests of one state, and return the ticket of the last, without waiting for the
+        disk.
 
-        The state is copied before this returns: the trainer may go on writing to its masters.
+        The state is copied, once, before this returns: the trainer may go on writing to its
+        masters.
         A checkpoint that finds the queue full is not written, and its result says so: the disk
         is slower than `save_steps` asks for. A final adapter is always taken.
         """
+        assert all(request.state is requests[0].state for request in requests)
+        snapshot = None
         with self._changed:
             assert not self._closed, "submit after close"
-            self._tickets += 1
-            if request.kind == "checkpoint" and len(self._waiting) >= self._max_waiting:
-                error = RuntimeError(
-                    f"checkpoint-{request.state.step} is skipped: {self._max_waiting} earlier "
-                    "ones still wait for the disk; raise training.save_steps"
-                )
-                self._results.append(_result(self._tickets, request, error=error))
-            else:
-                copied = replace(request, state=request.state.snapshot())
-                self._waiting.append((self._tickets, copied))
+            for request in requests:
+                self._tickets += 1
+                if request.kind == "checkpoint" and len(self._waiting) >= self._max_waiting:
+                    error = RuntimeError(
+                        f"checkpoint-{request.state.step} is skipped: {self._max_waiting} earlier "
+                        "ones still wait for the disk; raise training.save_steps"
+                    )
+                    self._results.append(_result(self._tickets, request, error=error))
+                    continue
+                if snapshot is None:
+                    snapshot = request.state.snapshot()
+                self._waiting.append((self._tickets, replace(request, state=snapshot)))
             self._changed.notify_all()
             return self._tickets
 

@@ -12,7 +12,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from vllm_flexft.publish.final import read_final
 from vllm_flexft.publish.manifest import CheckpointError
 from vllm_flexft.sched.admission import Admission, EngineLimits
 from vllm_flexft.sched.intake import look_over, submit_named
+from vllm_flexft.sched.latency_file import LatencyFile
 from vllm_flexft.sched.lease import LeaseKeeper
 from vllm_flexft.sched.leased_job import LeasedJob, end_job
 from vllm_flexft.sched.prepared import PreparedJob
@@ -34,6 +35,8 @@ from vllm_flexft.sched.retirement import Retirement
 from vllm_flexft.wiring import CoServeConfig, job_store_path
 
 logger = logging.getLogger("vllm.flexft")
+
+LatencyState = Mapping[str, Any]
 
 POLL_S = 0.2
 CANCEL_POLL_S = 0.5  # a user who cancels is watching
@@ -55,6 +58,7 @@ class JobFeed(threading.Thread):
         self._ready: queue.SimpleQueue[PreparedJob] = queue.SimpleQueue()
         # None only wakes the thread
         self._outbox: queue.SimpleQueue[tuple[PreparedJob, Record] | None] = queue.SimpleQueue()
+        self._step_times: queue.SimpleQueue[tuple[LatencyFile, LatencyState]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._stopping = threading.Event()
         self._jobs: dict[str, LeasedJob] = {}  # that are with the scheduler
@@ -77,6 +81,10 @@ class JobFeed(threading.Thread):
 
     def report(self, prepared: PreparedJob, record: Record) -> None:
         self._outbox.put((prepared, record))
+
+    def save(self, file: LatencyFile, state: LatencyState) -> None:
+        """Have step times written: the engine's loop must not wait for a disk."""
+        self._step_times.put((file, state))
 
     def is_cancelled(self, job_id: str) -> bool:
         return job_id in self._cancelled
@@ -152,6 +160,9 @@ class JobFeed(threading.Thread):
     def _tend_jobs(self, timeout: float) -> None:
         """What the jobs in training ask for, after at most `timeout` seconds without a record."""
         self._drain_outbox(timeout)
+        while not self._step_times.empty():
+            file, state = self._step_times.get_nowait()
+            file.save(state)
         self._look_for_lost_lease()
         self.retirement.delete_due()
         if self.retirement.awaits_look:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,6 +332,8 @@ class CoServeMixin(_SchedulerBase):
 
     def _take_result(self, run: FinetuneRun, result: StepResult) -> None:
         if result.error is not None:
+            for written in result.written:  # before the failure
+                self._feed.report(run.prepared, WrittenRecord(written))
             self._end(run, EndRecord(error=result.error))
             return
         records = run.on_result(result)
@@ -347,15 +348,15 @@ class CoServeMixin(_SchedulerBase):
 
     def _end(self, run: FinetuneRun, record: EndRecord) -> None:
         """The job is over: blocks back, the worker closes it with the next plan."""
+        if self._runs.get(run.job_id) is not run:
+            return  # it failed while it was ended
         run.release_all(self._lender)
         self._runs.remove(run)
         self._closing.append(StepPlan(job_id=run.job_id, close_job=True))
         self._feed.report(run.prepared, record)
         self._starvation.pop(run.job_id, None)
         self._pacer.objectives = self._objectives()
-        # Aside: the engine's loop must not wait for a disk.
-        state = self._pacer.model.state()
-        threading.Thread(target=self._latency_file.save, args=(state,)).start()
+        self._feed.save(self._latency_file, self._pacer.model.state())
 
     def _objectives(self) -> Objectives:
         """The strictest of the jobs in training; a job's own goes before the server's."""

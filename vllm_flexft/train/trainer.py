@@ -30,7 +30,7 @@ from vllm_flexft.plan import (
 )
 from vllm_flexft.publish.adapter_files import read_adapter
 from vllm_flexft.publish.checkpoint import TrainState, read_checkpoint
-from vllm_flexft.publish.writer import CheckpointWriter, WriteRequest
+from vllm_flexft.publish.writer import CheckpointWriter, WriteRequest, WriteResult
 from vllm_flexft.train.activations import ActivationStore
 from vllm_flexft.train.adapter import Target, TrainableAdapter, targets_of
 from vllm_flexft.train.backward import MicroBatchBackward
@@ -141,7 +141,7 @@ class Trainer:
     def step(self, plan: StepPlan) -> StepResult:
         """After the forward: backward slices, update, snapshot. Never raises: see `error`."""
         if self.error is not None:
-            return StepResult(plan.job_id, error=self.error)
+            return self._failed(plan)
         try:
             evaluated = self._backward(plan)
             loss = norm = None
@@ -160,7 +160,12 @@ class Trainer:
             )
         except Exception as error:  # the engine must outlive any finetuning failure
             self.fail(error)
-        return StepResult(plan.job_id, error=self.error)
+        return self._failed(plan)
+
+    def _failed(self, plan: StepPlan) -> StepResult:
+        """With what was written before the failure: it is sound, and worth serving."""
+        sound = [result for result in self._writer.poll() if result.error is None]
+        return StepResult(plan.job_id, error=self.error, written=tuple(map(_written, sound)))
 
     def fail(self, error: Exception) -> None:
         """Stop training for good; the first error is the one that is reported."""
@@ -234,8 +239,8 @@ class Trainer:
         kinds: list[Literal["checkpoint", "final"]] = ["checkpoint"]
         if request.final:
             kinds.append("final")
-        for kind in kinds:
-            self._writer.submit(
+        self._writer.submit(
+            *(
                 WriteRequest(
                     kind=kind,
                     output_dir=Path(self.setup.output_dir),
@@ -244,7 +249,9 @@ class Trainer:
                     base_model=self.setup.base_model,
                     config_hash=self.setup.config_hash,
                 )
+                for kind in kinds
             )
+        )
 
     def _written(self, wait: bool) -> tuple[Written, ...]:
         """What the writer finished since the last step; a final adapter that cannot be written
@@ -255,12 +262,14 @@ class Trainer:
         for result in self._writer.poll():
             if result.error is not None and result.kind == "final":
                 raise OSError(f"the final adapter could not be written: {result.error}")
-            written.append(
-                Written(
-                    step=result.step,
-                    path=str(result.path) if result.path is not None else None,
-                    final=result.kind == "final",
-                    warning=str(result.error) if result.error is not None else None,
-                )
-            )
+            written.append(_written(result))
         return tuple(written)
+
+
+def _written(result: WriteResult) -> Written:
+    return Written(
+        step=result.step,
+        path=str(result.path) if result.path is not None else None,
+        final=result.kind == "final",
+        warning=str(result.error) if result.error is not None else None,
+    )
