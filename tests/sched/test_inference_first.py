@@ -179,4 +179,6 @@ def test_the_trace_of_real_steps_shows_bounds_within_their_limits(
     credit = CREDIT_SHARE * 1.0
     assert all(s["bound"] <= s["limit"] + credit + 1e-6 for s in busy)
     assert all(s["finetune_blocks"] + s["free_blocks"] <= BLOCKS for s in steps)
+    assert max(s["finetune_blocks"] for s in steps) > 0
+    assert max(s["free_blocks"] for s in steps) > 0
     assert all(s["actual"] > 0 for s in busy[:-1])

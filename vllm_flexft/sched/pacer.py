@@ -144,10 +144,6 @@ class Pacer:
         return max(now, self._busy_until) if self._running else now
 
     @property
-    def step_runs(self) -> bool:
-        return bool(self._running)
-
-    @property
     def _follows(self) -> bool:
         return self._last_finish is not None
 

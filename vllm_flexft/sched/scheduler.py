@@ -143,7 +143,9 @@ class CoServeMixin(_SchedulerBase):
         room = None
         if self._may_finetune():
             room = self._append_finetuning(output, load, entered)
-        self._pacer.planned(id(output), entered, load, room, measurable=is_measurable(output))
+        blocks = (self._lender.num_blocks, self._num_free_blocks())
+        learn = is_measurable(output)
+        self._pacer.planned(id(output), entered, load, room, measurable=learn, blocks=blocks)
         return output
 
     def update_from_output(
@@ -168,7 +170,7 @@ class CoServeMixin(_SchedulerBase):
         pending = bool(self._runs or self._closing or self._feed.has_ready())
         if not (finetuning := self._may_finetune() and pending):
             self._pacer.idle()
-            if self._feed.retirement.pending and not self._pacer.step_runs:
+            if self._feed.retirement.pending and not self._pacer.num_in_flight:
                 self._look_over_adapters()
         return finetuning
 
@@ -208,7 +210,7 @@ class CoServeMixin(_SchedulerBase):
         """Tell which adapters' folders unfinished requests name."""
         now, requests = time.monotonic(), self.requests.values()
         named = frozenset(r.lora_request.lora_path for r in requests if r.lora_request is not None)
-        self._feed.retirement.seen(named, now, step_runs=self._pacer.step_runs)
+        self._feed.retirement.seen(named, now, step_runs=self._pacer.num_in_flight > 0)
 
     def _may_finetune(self) -> bool:
         return self._pause_state == PauseState.UNPAUSED and self._engine_running()
