@@ -162,6 +162,33 @@ def test_gradients_equal_pefts_under_every_policy(family, policy, bench, monkeyp
     assert bench.measure(case).worst() <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_equal_pefts_where_layers_keep_different_tensors(family, bench, monkeypatch):
+    """A budget half-way between the least and the most."""
+    from vllm_flexft.train import trainer
+
+    bench, trainers, begin = bench(family), [], trainer.Trainer.begin
+
+    def begun(self, batches):
+        trainers.append(self)
+        begin(self, batches)
+
+    monkeypatch.setattr(trainer.Trainer, "begin", begun)
+    case = Case((Row(0, 300, 200), Row(50, 100, 300)), window=61, lane_tokens=1)
+    bench.measure(case)
+    setup = trainers[-1].setup
+    memory = JobMemory.of(bench.served_model().shape, setup.job, 4, "auto", setup.windows)
+    one = Lanes(1, setup.lane_tokens)
+    least, most = (memory.taken_bytes(one, policy) for policy in ("minimal", "fast"))
+    config = bench.engine.scheduler._co_serve
+    options = config.options.model_copy(update={"memory_gib": (least + most) / 2 / 2**30})
+    changed = dataclasses.replace(config, options=options)
+    monkeypatch.setattr(bench.engine.scheduler, "_co_serve", changed)
+    assert bench.measure(case).worst() <= 1e-5
+    kept = {choice.kept for choice in trainers[-1].memory.kept.values()}
+    assert len(kept) > 1
+
+
 @pytest.mark.parametrize("targets", [("down_proj",), ("q_proj", "v_proj"), tuple(TARGETS)])
 def test_every_kept_tensor_is_read_by_the_backward(targets, bench, tmp_path, monkeypatch):
     """Each kept tensor in turn is spoilt after the forward: the job must notice."""
