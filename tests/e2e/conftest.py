@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from harness.beside import Undisturbed, job, weights
 from harness.engine import CoServingEngine
+from harness.health import health
+from harness.traffic import train
 
 BLOCK = 128  # tokens of a KV block on CPU
 
@@ -23,3 +26,12 @@ def engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServ
     return CoServingEngine(
         tiny_llama, tmp_path_factory.mktemp("state"), max_loras=2, max_num_seqs=12
     )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine: CoServingEngine, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What `harness.beside.job` trains without anything beside it, and the engine after it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    record, _ = train(engine, job(folder))
+    assert record.status == "succeeded", record.error
+    return weights(folder), health(engine, [])

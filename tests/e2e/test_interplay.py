@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from harness.beside import (
     Step,
     StepLog,
+    Undisturbed,
     asked,
     asked_beside,
     assert_same_said,
@@ -20,15 +20,13 @@ from harness.beside import (
     weights,
 )
 from harness.engine import CoServingEngine
-from harness.health import Health, health
+from harness.health import health
 from harness.peft_reference import PeftTrainer
-from harness.traffic import Ask, Pump, ended, lora_request, random_prompts, train
+from harness.traffic import Ask, Pump, ended, lora_request, random_prompts
 from vllm.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 
 SLOTS = 6  # max_num_seqs
 BUDGET = 256  # tokens of a step: less than a long prompt or an optimizer step has
-
-Undisturbed = tuple[dict[str, torch.Tensor], Health]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +39,6 @@ def engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServ
         max_num_seqs=SLOTS,
         max_num_batched_tokens=BUDGET,
     )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(engine: CoServingEngine, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    record, _ = train(engine, job(folder))
-    assert record.status == "succeeded", record.error
-    return weights(folder), health(engine, [])
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from harness.beside import (
     Said,
     Step,
     StepLog,
+    Undisturbed,
     asked,
     asked_beside,
     assert_same_said,
@@ -25,11 +26,9 @@ from harness.beside import (
     weights,
 )
 from harness.engine import CoServingEngine
-from harness.health import Health, health
-from harness.traffic import Ask, Pump, ended, random_prompts, train
+from harness.health import health
+from harness.traffic import Ask, Pump, ended, random_prompts
 from vllm.config import KVEventsConfig
-
-Undisturbed = tuple[dict[str, torch.Tensor], Health]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +47,6 @@ def engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServ
         enable_mfu_metrics=True,
         enable_logging_iteration_details=True,
     )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(engine: CoServingEngine, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    record, _ = train(engine, job(folder))
-    assert record.status == "succeeded", record.error
-    return weights(folder), health(engine, [])
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from harness.engine import CoServingEngine
+from harness.health import Health
 from harness.peft_reference import write_rows
 from harness.traffic import Ask, Pump, ended
 
+Undisturbed = tuple[dict[str, torch.Tensor], Health]  # adapter, and the engine after it
 ROWS = [(f"Say {i}. " * (10 + 12 * (i % 4)), f" It is {i}.") for i in range(16)]
 
 

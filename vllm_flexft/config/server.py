@@ -43,8 +43,8 @@ class ServerOptions(Section):
     )
     step_trace: FilePath | None = Field(
         None,
-        description="null, or a .jsonl or .csv file that is written when the server stops: a line "
-        "for each of the last 65536 steps",
+        description="null, or a .jsonl or .csv file that is written when the server stops in order "
+        "(vllm serve: with --shutdown-timeout 10): a line for each of the last 65536 steps",
     )
     memory_gib: float | None = Field(
         None, gt=0, description="null (what the engine leaves free), or GiB > 0"
