@@ -8,6 +8,7 @@ from harness.plant import PRIOR, Plant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_flexft.config import ServerOptions, SLOConfig
 from vllm_flexft.sched.latency import Feature, LatencyModel
 from vllm_flexft.sched.planner import (
     CREDIT_SHARE,
@@ -110,6 +111,15 @@ def test_a_step_with_finetuning_ends_before_the_next_token_of_any_request_is_due
             first = next(iter(running))
             del running[first]
             times.ended([first])
+
+
+def test_of_several_jobs_the_strictest_objectives_hold_and_a_jobs_own_go_first():
+    options = ServerOptions.from_mapping({"tpot_ms": 40, "ttft_ms": 900, "min_share": 0.1})
+    assert Objectives.strictest(options, []) == Objectives(0.04, 0.9, 0.1)
+    assert Objectives.strictest(options, [None]) == Objectives(0.04, 0.9, 0.1)
+    slow, fast = SLOConfig(tpot_ms=80), SLOConfig(tpot_ms=60, ttft_ms=300)
+    assert Objectives.strictest(options, [slow]) == Objectives(0.08, 0.9, 0.1)
+    assert Objectives.strictest(options, [slow, fast]) == Objectives(0.06, 0.3, 0.1)
 
 
 def test_credit_is_what_all_requests_have_saved():

@@ -19,10 +19,12 @@ which the next tokens are due.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_flexft.config import ServerOptions, SLOConfig
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, LatencyModel, Vector
 
 DEFAULT_TPOT_MS = 50.0
@@ -66,6 +68,16 @@ class Objectives:
     def of(cls, tpot_ms: float | None, ttft_ms: float | None, min_share: float = 0.0) -> Objectives:
         tpot, ttft = tpot_ms or DEFAULT_TPOT_MS, ttft_ms or DEFAULT_TTFT_MS
         return cls(tpot / 1e3, ttft / 1e3, min_share)
+
+    @classmethod
+    def strictest(cls, options: ServerOptions, slos: Sequence[SLOConfig | None]) -> Objectives:
+        """Of the jobs in training; what a job asks for itself goes before the server's options."""
+        each = [
+            cls.of(slo.tpot_ms or options.tpot_ms, slo.ttft_ms or options.ttft_ms)
+            for slo in (slo or SLOConfig() for slo in slos or [None])
+        ]
+        tpot_s, ttft_s = min(one.tpot_s for one in each), min(one.ttft_s for one in each)
+        return cls(tpot_s, ttft_s, options.min_share)
 
     @property
     def step_s(self) -> float:

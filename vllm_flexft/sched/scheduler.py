@@ -20,7 +20,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
-from vllm_flexft.config import SLOConfig
 from vllm_flexft.config.peft import PeftConfig
 from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.memory import adapter_parameters
@@ -361,18 +360,7 @@ class CoServeMixin(_SchedulerBase):
         self._feed.save(self._latency_file, self._pacer.model.state())
 
     def _objectives(self) -> Objectives:
-        """The strictest of the jobs in training; a job's own goes before the server's."""
-        options = self._co_serve.options
-        slos = [run.job.slo or SLOConfig() for run in self._runs] or [SLOConfig()]
-        each = [
-            Objectives.of(slo.tpot_ms or options.tpot_ms, slo.ttft_ms or options.ttft_ms)
-            for slo in slos
-        ]
-        return Objectives(
-            tpot_s=min(one.tpot_s for one in each),
-            ttft_s=min(one.ttft_s for one in each),
-            min_share=options.min_share,
-        )
+        return Objectives.strictest(self._co_serve.options, [run.job.slo for run in self._runs])
 
     def _adapter_parameters(self, peft: PeftConfig) -> int:
         targets = target_names(peft.target_modules)
