@@ -6,6 +6,7 @@ Only the engine behind them is a stand-in: it notes which adapters it was told t
 import asyncio
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -268,6 +269,28 @@ def test_retired_version_is_no_longer_listed(server, publish, store):
         return await server.names()
 
     assert asyncio.run(run()) == ["base"]
+
+
+def test_an_adapter_trained_anew_in_its_old_folder_is_another_one_to_the_prefix_cache(
+    server, publish, store
+):
+    """vLLM keys cached blocks on the adapter's name and path (`_gen_lora_extra_hash_keys`)."""
+    keys = []
+
+    async def scenario():
+        for _ in range(3):
+            folder = publish("one")
+            await server.watcher.update()
+            request = server.models.lora_requests["one"]
+            keys.append((request.lora_name, request.lora_path, request.lora_int_id))
+            assert str(Path(request.lora_path)) == str(folder)
+            store.retire_versions([str(folder)])
+            shutil.rmtree(folder)
+            await server.watcher.update()
+            assert await server.names() == ["base"]
+
+    asyncio.run(scenario())
+    assert len({key[:2] for key in keys}) == len({key[2] for key in keys}) == 3
 
 
 def test_store_that_fails_for_a_while_is_tried_again(server, publish, caplog):

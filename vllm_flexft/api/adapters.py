@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class AdapterWatcher:
         self._base_model = base_model
         self._poll_s = poll_s
         self._served: dict[int, str] = {}  # version id -> name
+        self._withdrawn: Counter[str] = Counter()  # how often a folder was served before
         self._failures: dict[int, _Failure] = {}  # by version id
         self._loaded_jobs: set[str] = set()  # with a version that vLLM has loaded
         self._base_model_of: dict[str, str | None] = {}  # job id -> model
@@ -160,7 +162,7 @@ class AdapterWatcher:
             request = LoRARequest(
                 lora_name=name,
                 lora_int_id=SERVED_LORA_ID_BASE + version.id,
-                lora_path=version.path,
+                lora_path=self._path_of(version),
             )
             if version.final or version.job_id not in self._loaded_jobs:
                 try:
@@ -173,14 +175,20 @@ class AdapterWatcher:
         logger.info("Adapter %s is served from %s", name, version.path)
         return None
 
+    def _path_of(self, version: Version) -> str:
+        """vLLM's prefix cache keys on name and path: where a folder holds another adapter than it
+        did, its path must be spelt differently."""
+        return version.path + "/." * self._withdrawn[version.path]
+
     async def _withdraw(self, version: Version) -> None:
         name = self._served.pop(version.id, None)
         if name is None:
             return
         async with self._models.lora_resolver_lock[name]:
             served: Any = self._models.lora_requests.get(name)
-            if served is not None and served.lora_path == version.path:
+            if served is not None and served.lora_path == self._path_of(version):
                 del self._models.lora_requests[name]
+                self._withdrawn[version.path] += 1
         logger.info("Adapter %s is no longer served: its folder was pruned", name)
 
 

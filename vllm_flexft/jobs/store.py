@@ -267,8 +267,7 @@ class JobStore:
         """Announce an adapter folder to be served under `name`.
 
         Repeating it is harmless; one that was retired is served anew. Raises NameInUseError if
-        `name` means another folder: new weights need a new name, since vLLM's prefix cache keys on
-        name and path.
+        `name` means another folder.
         """
         with self._db.write() as conn:
             row = conn.execute("SELECT * FROM versions WHERE name = ?", (name,)).fetchone()

@@ -208,7 +208,8 @@ class CoServeMixin(_SchedulerBase):
     def _look_over_adapters(self) -> None:
         """Tell which adapters' folders unfinished requests name."""
         now, requests = time.monotonic(), self.requests.values()
-        named = frozenset(r.lora_request.lora_path for r in requests if r.lora_request is not None)
+        paths = {r.lora_request.lora_path for r in requests if r.lora_request is not None}
+        named = frozenset(str(Path(path)) for path in paths)  # as the store spells them
         self._feed.retirement.seen(named, now, step_runs=self._pacer.num_in_flight > 0)
 
     def _may_finetune(self) -> bool:
