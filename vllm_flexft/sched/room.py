@@ -39,7 +39,7 @@ class Room:
     """What is left of a step after inference; planning draws it down.
 
     A piece of work fits if the upper bound of its time does. Where nothing was taken yet, a piece
-    that cannot be cut may use the credit of earlier steps, and in an idle step exceed the room:
+    that cannot be cut may use what all requests have saved, and in an idle step exceed the room:
     otherwise one that is longer than any room would never run.
 
     Prices say at once what fits, and a little too little: costs are better known together than one
