@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexft_kernels.attention import attention_backward
+from flexft_kernels.attention import KeysValues, attention_backward
 from flexft_kernels.linear_cross_entropy import linear_cross_entropy
-from flexft_kernels.lora import lora_backward
+from flexft_kernels.lora import Lora, lora_backward
 from flexft_kernels.rms_norm import rms_norm, rms_norm_backward
 from flexft_kernels.rope import rope_backward
 from flexft_kernels.silu_mul import silu_mul, silu_mul_backward
@@ -110,7 +110,7 @@ def attention_cases(tokens: int, dtype: torch.dtype) -> Iterator[Case]:
         stop = q_start + tokens
         q, dout = randn(tokens, H, E, dtype=dtype), randn(tokens, H, E, dtype=dtype)
         k, v = randn(stop, K, E, dtype=dtype), randn(stop, K, E, dtype=dtype)
-        dk, dv = torch.zeros(stop, K, E), torch.zeros(stop, K, E)
+        kv = KeysValues(k, v, torch.zeros(stop, K, E), torch.zeros(stop, K, E))
         with torch.enable_grad():
             leaves = [x.transpose(0, 1)[None].clone().requires_grad_() for x in (q, k, v)]
             mask = torch.ones(tokens, stop, dtype=torch.bool).tril(q_start) if q_start else None
@@ -121,8 +121,8 @@ def attention_cases(tokens: int, dtype: torch.dtype) -> Iterator[Case]:
             f"attention_backward S={stop}",
             5 * 2 * H * E * (tokens * q_start + tokens**2 / 2),
             "GFLOP/s",
-            lambda q=q, k=k, v=v, dout=dout, dk=dk, dv=dv, q_start=q_start: attention_backward(
-                dout, q, k, v, q_start=q_start, scale=E**-0.5, dk_SKE=dk, dv_SKE=dv
+            lambda q=q, kv=kv, dout=dout, q_start=q_start: attention_backward(
+                dout, q, kv, q_start=q_start, scale=E**-0.5
             ),
             backward_of(y, leaves, dout.transpose(0, 1)[None]),
         )
@@ -158,7 +158,8 @@ def lora_cases(tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     for width_in, width_out in ((D, D), (D, F_), (F_, D)):
         x, dy = randn(tokens, width_in, dtype=dtype), randn(tokens, width_out, dtype=dtype)
         a, b = randn(R, width_in, dtype=dtype), randn(width_out, R, dtype=dtype)
-        dx, da, db = torch.zeros_like(x), torch.zeros(a.shape), torch.zeros(b.shape)
+        dx = torch.zeros_like(x)
+        lora = Lora(a, b, torch.zeros(a.shape), torch.zeros(b.shape), 2.0)
         with torch.enable_grad():
             leaves = [t.clone().requires_grad_() for t in (x, a, b)]
             y = F.linear(F.linear(leaves[0], leaves[1]), leaves[2]) * 2.0
@@ -166,9 +167,7 @@ def lora_cases(tokens: int, dtype: torch.dtype) -> Iterator[Case]:
             f"lora_backward {width_in}->{width_out}",
             2 * tokens * R * (2 * width_out + 3 * width_in),
             "GFLOP/s",
-            lambda x=x, dy=dy, a=a, b=b, da=da, db=db, dx=dx: lora_backward(
-                dy, x, a, b, 2.0, da, db, dx
-            ),
+            lambda x=x, dy=dy, lora=lora, dx=dx: lora_backward(dy, x, lora, dx),
             backward_of(y, leaves, dy),
         )
 

@@ -116,27 +116,24 @@ def _attention_case(
         "segments": [(0, tokens, 0, stop - tokens)],
         "scale": dim**-0.5,
         "sliding_window": sliding_window,
-        "dk_TKE": dk,
-        "dv_TKE": dv,
     }
     blocks = -(-stop // shape.block)
     # As vLLM's: heads before tokens, keys and values of a token side by side.
     cache = normal(blocks, shape.kv_heads, shape.block, 2 * dim).transpose(1, 2)
     k, v = cache[..., :dim], cache[..., dim:]
+    table = None
     if paged:
         table = torch.arange(blocks, dtype=torch.int32, device=device).flip(0)[None]
-        operands = (dout, q, k, v, table, None if sliding_window else out)
-        ops = (attention_triton.paged_attention_backward, attention.paged_attention_backward)
     else:
         k, v = k.reshape(-1, shape.kv_heads, dim), v.reshape(-1, shape.kv_heads, dim)
-        operands = (dout, q, k, v, out)
-        ops = (attention_triton.attention_backward_varlen, attention.attention_backward_varlen)
+    kv = attention.KeysValues(k, v, dk, dv, table)
+    operands = (dout, q, kv, None if paged and sliding_window else out)
     seen = (sliding_window or stop - tokens / 2) * tokens  # pairs of query and key
     name = f"attention E={dim}" + (" sliding" if sliding_window else "") + " paged" * paged
     return Case(
         name,
-        partial(ops[0], *operands, **arguments),
-        partial(ops[1], *operands, **arguments),
+        partial(attention_triton.attention_backward_varlen, *operands, **arguments),
+        partial(attention.attention_backward_varlen, *operands, **arguments),
         num_bytes=3 * q.nbytes + 2 * stop * shape.kv_heads * dim * (dtype.itemsize + 2 * 4),
         flop=5 * 2 * seen * shape.heads * dim,
     )
@@ -166,7 +163,7 @@ def _lora_case(
     da, db = (torch.zeros(t.shape, device=device) for t in (a, b))
     borders = [tokens * i // adapters for i in range(adapters + 1)]
     groups = [(borders[i], borders[i + 1], i) for i in range(adapters)]
-    arguments = (dy, x, a, b, groups, 1.0, da, db, dx)
+    arguments = (dy, x, lora.Lora(a, b, da, db), groups, dx)
     return Case(
         f"lora {width_in}->{width_out} R={rank} of {adapters}",
         partial(lora_triton.grouped_lora_backward, *arguments),

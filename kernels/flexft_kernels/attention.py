@@ -10,6 +10,7 @@ flash attention (forward, for the logsumexp, and backward), in fp32 and bf16 ali
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,38 +23,73 @@ _SCORE_ROWS = 96
 _SCORE_BYTES = 2 << 20
 
 
+Segment = tuple[int, int, int, int]  # row_start, row_stop, key_start, q_start: see KeysValues
+
+
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """Keys and values of the sequences that a window meets, and the sums of their gradients.
+
+    A segment `(row_start, row_stop, key_start, q_start)` of the window says: its rows
+    [row_start, row_stop) are the queries at positions from q_start on of a sequence whose gradients
+    begin at row key_start of dk and dv, where sequences lie one after another.
+
+    In a row, without a block table: k, v (T, K, E) have the rows of dk and dv. Paged: k, v
+    (B, N, K, E) are views of a cache of B blocks of N tokens, and row i of `block_table` (n, M)
+    lists the blocks of the sequence of segment i, those that no query sees being any valid ones.
+    Any strides; dk_TKE, dv_TKE are fp32 and added to, only where some query attends.
+    """
+
+    k: Tensor
+    v: Tensor
+    dk_TKE: Tensor
+    dv_TKE: Tensor
+    block_table: Tensor | None = None
+
+    def of_sequences(self, which: slice) -> "KeysValues":
+        """With those rows of the block table: row i is then the sequence of segment i."""
+        if self.block_table is None:
+            return self
+        return replace(self, block_table=self.block_table[which])
+
+    def of_segment(self, index: int, key_start: int, num_keys: int) -> "KeysValues":
+        """Its keys in a row, from the sequence's first to the window's last."""
+        rows = slice(key_start, key_start + num_keys)
+        grads = (self.dk_TKE[rows], self.dv_TKE[rows])
+        if self.block_table is None:
+            return KeysValues(self.k[rows], self.v[rows], *grads)
+        blocks = self.block_table[index, : -(-num_keys // self.k.shape[1])]
+        k, v = (x[blocks].flatten(0, 1)[:num_keys] for x in (self.k, self.v))
+        return KeysValues(k, v, *grads)
+
+
 def attention_backward(
     dout_WHE: Tensor,
     q_WHE: Tensor,
-    k_SKE: Tensor,
-    v_SKE: Tensor,
-    out_WHE: Tensor | None = None,
+    kv: KeysValues,
     *,
     q_start: int,
     scale: float,
     sliding_window: int | None = None,
-    dk_SKE: Tensor,
-    dv_SKE: Tensor,
 ) -> Tensor:
     """Gradients of the attention of one window of one sequence.
 
     Query i of the window stands at position `q_start + i` and attends the keys at positions
     `<= q_start + i`, and `> q_start + i - sliding_window` if that is set.
 
-    dout_WHE, q_WHE: (W, H, E), queries after rope and norm. k_SKE, v_SKE: (S, K, E) with
-    S >= q_start + W and H a multiple of K; any strides, any float dtype. dk_SKE, dv_SKE: (S, K, E)
-    fp32, added to in place, and only where some query of the window attends. `out_WHE`, the
-    attention's output, is what tiled versions of this op take rowsum(P dP) from; it is not read
-    here. All arithmetic is in fp32: bf16 GEMMs for the last three products were measured to save a
-    tenth of the time and to cost four digits. Returns dq (W, H, E) in q's dtype.
+    dout_WHE, q_WHE: (W, H, E), queries after rope and norm. kv: in a row, (S, K, E) with
+    S >= q_start + W and H a multiple of K, of any float dtype. All arithmetic is in fp32: bf16
+    GEMMs for the last three products were measured to save a tenth of the time and to cost four
+    digits. Returns dq (W, H, E) in q's dtype.
     """
     window, num_heads = q_WHE.shape[:2]
-    num_kv_heads = k_SKE.shape[1]
+    num_kv_heads = kv.k.shape[1]
     group = num_heads // num_kv_heads
     stop = q_start + window
-    assert k_SKE.shape[0] >= stop
+    assert kv.block_table is None
+    assert kv.k.shape[0] >= stop
     assert num_heads == group * num_kv_heads
-    assert dk_SKE.dtype == dv_SKE.dtype == torch.float32
+    assert kv.dk_TKE.dtype == kv.dv_TKE.dtype == torch.float32
     block = max(1, _SCORE_ROWS // group)
     first_key = first_visible(q_start, sliding_window)
     score_bytes = 4 * block * group * min(stop - first_key, block + (sliding_window or stop))
@@ -65,10 +101,10 @@ def attention_backward(
     dqs = dq_WHE.unflatten(1, (num_kv_heads, group))
     for head in range(0, num_kv_heads, heads_at_once):
         heads = slice(head, head + heads_at_once)
-        k = _heads_first(k_SKE[first_key:stop, heads])
-        v = _heads_first(v_SKE[first_key:stop, heads])
-        dk = dk_SKE[first_key:stop, heads].transpose(0, 1)
-        dv = dv_SKE[first_key:stop, heads].transpose(0, 1)
+        k = _heads_first(kv.k[first_key:stop, heads])
+        v = _heads_first(kv.v[first_key:stop, heads])
+        dk = kv.dk_TKE[first_key:stop, heads].transpose(0, 1)
+        dv = kv.dv_TKE[first_key:stop, heads].transpose(0, 1)
         for row in range(0, window, block):
             rows = slice(row, min(row + block, window))
             position = q_start + rows.start
@@ -91,80 +127,28 @@ def attention_backward(
 def attention_backward_varlen(
     dout_THE: Tensor,
     q_THE: Tensor,
-    k_TKE: Tensor,
-    v_TKE: Tensor,
+    kv: KeysValues,
     out_THE: Tensor | None,
-    segments: Iterable[tuple[int, int, int, int]],
+    segments: Iterable[Segment],
     *,
     scale: float,
     sliding_window: int | None = None,
-    dk_TKE: Tensor,
-    dv_TKE: Tensor,
 ) -> Tensor:
     """`attention_backward` of a window that holds pieces of several sequences.
 
-    segments: `(row_start, row_stop, key_start, q_start)`: rows [row_start, row_stop) of the window
-    are the queries at positions from q_start on of the sequence whose keys begin at row key_start
-    of k, v, dk and dv, in which the sequences of the micro-batch lie one after another. Rows that
-    no segment names get a zero dq.
+    Rows that no segment names get a zero dq. `out_THE`, the attention's output, is what tiled
+    versions of this op take rowsum(P dP) from; it is not read here.
     """
     dq_THE = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
-    for row_start, row_stop, key_start, q_start in segments:
+    for index, (row_start, row_stop, key_start, q_start) in enumerate(segments):
         rows = slice(row_start, row_stop)
-        keys = slice(key_start, key_start + q_start + row_stop - row_start)
         dq_THE[rows] = attention_backward(
             dout_THE[rows],
             q_THE[rows],
-            k_TKE[keys],
-            v_TKE[keys],
-            None if out_THE is None else out_THE[rows],
+            kv.of_segment(index, key_start, q_start + row_stop - row_start),
             q_start=q_start,
             scale=scale,
             sliding_window=sliding_window,
-            dk_SKE=dk_TKE[keys],
-            dv_SKE=dv_TKE[keys],
-        )
-    return dq_THE
-
-
-def paged_attention_backward(
-    dout_THE: Tensor,
-    q_THE: Tensor,
-    k_BNKE: Tensor,
-    v_BNKE: Tensor,
-    block_table_nM: Tensor,
-    out_THE: Tensor | None,
-    segments: Iterable[tuple[int, int, int, int]],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    dk_TKE: Tensor,
-    dv_TKE: Tensor,
-) -> Tensor:
-    """`attention_backward_varlen` with keys and values in the blocks of a paged cache.
-
-    k_BNKE, v_BNKE: (B, N, K, E) views of a cache of B blocks of N tokens. block_table_nM: (n, M)
-    integers; row i lists the blocks of the sequence of segment i, those that no query sees being
-    any valid ones. `key_start` of a segment is where its sequence begins in dk and dv.
-    """
-    dq_THE = torch.zeros_like(q_THE, memory_format=torch.contiguous_format)
-    for blocks, (row_start, row_stop, key_start, q_start) in zip(
-        block_table_nM, segments, strict=True
-    ):
-        num_keys = q_start + row_stop - row_start
-        blocks = blocks[: -(-num_keys // k_BNKE.shape[1])]
-        rows, keys = slice(row_start, row_stop), slice(key_start, key_start + num_keys)
-        dq_THE[rows] = attention_backward(
-            dout_THE[rows],
-            q_THE[rows],
-            k_BNKE[blocks].flatten(0, 1),
-            v_BNKE[blocks].flatten(0, 1),
-            None if out_THE is None else out_THE[rows],
-            q_start=q_start,
-            scale=scale,
-            sliding_window=sliding_window,
-            dk_SKE=dk_TKE[keys],
-            dv_SKE=dv_TKE[keys],
         )
     return dq_THE
 
@@ -197,9 +181,8 @@ def _mask(scores: Tensor, offset: int, sliding_window: int | None) -> None:
 
 def attention_varlen(
     q_THE: Tensor,
-    k_TKE: Tensor,
-    v_TKE: Tensor,
-    segments: Iterable[tuple[int, int, int, int]],
+    kv: KeysValues,
+    segments: Iterable[Segment],
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -210,11 +193,11 @@ def attention_varlen(
     a time, with a (queries, keys) mask.
     """
     out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-    for row_start, row_stop, key_start, q_start in segments:
+    for index, (row_start, row_stop, key_start, q_start) in enumerate(segments):
         rows = slice(row_start, row_stop)
         first = first_visible(q_start, sliding_window)
         stop = q_start + row_stop - row_start
-        keys = slice(key_start + first, key_start + stop)
+        keys = kv.of_segment(index, key_start, stop)
         position = torch.arange(q_start, stop, device=q_THE.device)[:, None]
         key = torch.arange(first, stop, device=q_THE.device)[None, :]
         visible = key <= position
@@ -222,8 +205,8 @@ def attention_varlen(
             visible &= key > position - sliding_window
         out_THE[rows] = torch.nn.functional.scaled_dot_product_attention(
             q_THE[rows].transpose(0, 1)[None],
-            k_TKE[keys].transpose(0, 1)[None].to(q_THE.dtype),
-            v_TKE[keys].transpose(0, 1)[None].to(q_THE.dtype),
+            keys.k[first:].transpose(0, 1)[None].to(q_THE.dtype),
+            keys.v[first:].transpose(0, 1)[None].to(q_THE.dtype),
             attn_mask=visible,
             scale=scale,
             enable_gqa=True,

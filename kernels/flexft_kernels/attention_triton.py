@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexft_kernels.attention import first_visible
+from flexft_kernels.attention import KeysValues, Segment, first_visible
 
 
 @dataclass(frozen=True)
@@ -59,65 +59,28 @@ def _tiles(block_dim: int, itemsize: int) -> tuple[Tiles, Tiles]:
 def attention_backward_varlen(
     dout_THE: Tensor,
     q_THE: Tensor,
-    k_TKE: Tensor,
-    v_TKE: Tensor,
+    kv: KeysValues,
     out_THE: Tensor | None,
-    segments: Iterable[tuple[int, int, int, int]],
+    segments: Iterable[Segment],
     *,
     scale: float,
     sliding_window: int | None = None,
-    dk_TKE: Tensor,
-    dv_TKE: Tensor,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> Tensor:
-    """As the plain-torch op of this name, on operands of one dtype.
+    """As the plain-torch op of this name, on operands of one dtype; keys and values are read where
+    they are.
 
     P and dS enter their GEMMs in that dtype, all sums are fp32. `out_THE`, where given, saves a
     GEMM. `tiles`, of `_query_side` and `_key_side`: for tests and tuning.
     """
-    inputs = (dout_THE, q_THE, k_TKE[None], v_TKE[None], None, out_THE)
-    mask = (scale, sliding_window)
-    return _backward(*inputs, list(segments), *mask, dk_TKE, dv_TKE, tiles)
-
-
-def paged_attention_backward(
-    dout_THE: Tensor,
-    q_THE: Tensor,
-    k_BNKE: Tensor,
-    v_BNKE: Tensor,
-    block_table_nM: Tensor,
-    out_THE: Tensor | None,
-    segments: Iterable[tuple[int, int, int, int]],
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    dk_TKE: Tensor,
-    dv_TKE: Tensor,
-    tiles: tuple[Tiles, Tiles] | None = None,
-) -> Tensor:
-    """As the plain-torch op of this name: keys and values are read where the server put them."""
-    inputs = (dout_THE, q_THE, k_BNKE, v_BNKE, block_table_nM, out_THE)
-    mask = (scale, sliding_window)
-    return _backward(*inputs, list(segments), *mask, dk_TKE, dv_TKE, tiles)
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None,
-    out: Tensor | None,
-    segments: list[tuple[int, int, int, int]],
-    scale: float,
-    sliding_window: int | None,
-    dk: Tensor,
-    dv: Tensor,
-    tiles: tuple[Tiles, Tiles] | None,
-) -> Tensor:
+    dout, q, segments = dout_THE, q_THE, list(segments)
+    table = kv.block_table
+    # In a row is one block, of all keys.
+    k, v = (kv.k, kv.v) if table is not None else (kv.k[None], kv.v[None])
     tokens, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
+    dk, dv = kv.dk_TKE, kv.dv_TKE
     assert heads == group * kv_heads
     assert dk.dtype == dv.dtype == torch.float32
     assert q.dtype == k.dtype == v.dtype == dout.dtype
@@ -125,14 +88,13 @@ def _backward(
     block_dim = max(16, triton.next_power_of_2(dim))
     # Rows that no segment names get a zero gradient.
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse, delta = torch.empty(2, tokens, heads, dtype=torch.float32, device=q.device)
     inputs = (
         (q, dout, k, v),
-        (*q.stride()[:2], *dout.stride()[:2], *k.stride()[:3], *v.stride()[:3]),
-        (lse, delta),
+        (q.stride()[:2], dout.stride()[:2], k.stride()[:3], v.stride()[:3]),
+        tuple(torch.empty(2, tokens, heads, dtype=torch.float32, device=q.device)),
         torch.tensor(segments, dtype=torch.int32).to(q.device, non_blocking=True),
-        block_table,
-        0 if block_table is None else block_table.stride(0),
+        table,
+        0 if table is None else table.stride(0),
         scale,
         sliding_window or 0,
     )
@@ -141,7 +103,7 @@ def _backward(
         "G": group,
         "E": dim,
         "BLOCK_E": block_dim,
-        "PAGE": 0 if block_table is None else k.shape[1],
+        "PAGE": 0 if table is None else k.shape[1],
         "SLIDING": sliding_window is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
@@ -150,9 +112,9 @@ def _backward(
     _query_side[triton.cdiv(rows, query_side.rows), kv_heads, len(segments)](
         *inputs,
         dq,
-        None if out is None else out.view(tokens, heads, dim).contiguous(),
+        None if out_THE is None else out_THE.view(tokens, heads, dim).contiguous(),
         **constants,
-        HAS_OUT=out is not None,
+        HAS_OUT=out_THE is not None,
         **query_side.launch(),
     )
     key_tiles = max(
@@ -163,7 +125,7 @@ def _backward(
     _key_side[key_tiles, kv_heads, len(segments)](
         *inputs,
         (dk, dv),
-        (*dk.stride()[:2], *dv.stride()[:2]),
+        (dk.stride()[:2], dv.stride()[:2]),
         **constants,
         **key_side.launch(),
     )
@@ -179,17 +141,6 @@ def _segment(segments, index):
 
 
 @triton.jit
-def _key_offsets(pos_N, valid_N, key_start, table, stride_b, stride_n, PAGE: tl.constexpr):
-    """Where the rows of the keys at pos_N begin; int64, for a cache may be large."""
-    if PAGE == 0:
-        offset_N = (key_start + pos_N).to(tl.int64) * stride_n
-    else:
-        block_N = tl.load(table + pos_N // PAGE, mask=valid_N, other=0)
-        offset_N = block_N.to(tl.int64) * stride_b + (pos_N % PAGE) * stride_n
-    return offset_N
-
-
-@triton.jit
 def _load(pointer, offset_M, valid_M, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Rows of E numbers, zero where not valid."""
     dim_E = tl.arange(0, BLOCK_E)
@@ -198,11 +149,57 @@ def _load(pointer, offset_M, valid_M, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _visible(query_pos, key_pos, window, SLIDING: tl.constexpr):
+def _load_queries(
+    tensors, strides, token_M, head_M, valid_M, E: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """q and dout of some rows."""
+    q_at, dout_at = strides[0], strides[1]
+    q_ME = _load(tensors[0], token_M * q_at[0] + head_M * q_at[1], valid_M, E, BLOCK_E)
+    dout_ME = _load(tensors[1], token_M * dout_at[0] + head_M * dout_at[1], valid_M, E, BLOCK_E)
+    return q_ME, dout_ME
+
+
+@triton.jit
+def _load_keys(
+    tensors,
+    strides,
+    block_table,
+    stride_table,
+    key_start,
+    pos_N,
+    valid_N,
+    PAGE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """k and v at the positions pos_N of the program's head and sequence."""
+    k_at, v_at = strides[2], strides[3]
+    # int64, for a cache may be large.
+    if PAGE == 0:
+        token_N = (key_start + pos_N).to(tl.int64)
+        k_N, v_N = token_N * k_at[1], token_N * v_at[1]
+    else:
+        table = block_table + tl.program_id(2) * stride_table
+        block_N = tl.load(table + pos_N // PAGE, mask=valid_N, other=0).to(tl.int64)
+        slot_N = pos_N % PAGE
+        k_N, v_N = block_N * k_at[0] + slot_N * k_at[1], block_N * v_at[0] + slot_N * v_at[1]
+    kv_head = tl.program_id(1)
+    k_NE = _load(tensors[2] + kv_head * k_at[2], k_N, valid_N, E, BLOCK_E)
+    v_NE = _load(tensors[3] + kv_head * v_at[2], v_N, valid_N, E, BLOCK_E)
+    return k_NE, v_NE
+
+
+@triton.jit
+def _scores(
+    left, right, scale, query_pos, key_pos, window, SLIDING: tl.constexpr, PRECISION: tl.constexpr
+):
+    """left · rightᵀ to the base 2, -inf where the query does not see the key."""
     visible = key_pos <= query_pos
     if SLIDING:
         visible = visible & (key_pos > query_pos - window)
-    return visible
+    # 2^(x log2 e) = e^x
+    scores = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
@@ -228,21 +225,11 @@ def _query_side(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    q, dout, k, v = tensors
-    stride_qt, stride_qh, stride_dt, stride_dh = strides[0], strides[1], strides[2], strides[3]
-    stride_kb, stride_kn, stride_kh = strides[4], strides[5], strides[6]
-    stride_vb, stride_vn, stride_vh = strides[7], strides[8], strides[9]
     # The last tiles see the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
     row_start, length, key_start, q_start = _segment(segments, tl.program_id(2))
     if tile * BLOCK_M >= length * G:
         return
-    table = block_table
-    if PAGE != 0:
-        table = block_table + tl.program_id(2) * stride_table
-    k += kv_head * stride_kh
-    v += kv_head * stride_vh
 
     row_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_M = row_M < length * G
@@ -250,32 +237,30 @@ def _query_side(
     token_M = tl.minimum(row_M // G, length - 1)
     pos_M = q_start + token_M
     token_M = (row_start + token_M).to(tl.int64)
-    head_M = kv_head * G + row_M % G
-    q_ME = _load(q, token_M * stride_qt + head_M * stride_qh, valid_M, E, BLOCK_E)
-    dout_ME = _load(dout, token_M * stride_dt + head_M * stride_dh, valid_M, E, BLOCK_E)
+    head_M = tl.program_id(1) * G + row_M % G
+    q_ME, dout_ME = _load_queries(tensors, strides, token_M, head_M, valid_M, E, BLOCK_E)
     first = 0
     if SLIDING:
         first = tl.maximum(0, q_start + tile * BLOCK_M // G - window + 1)
     stop = q_start + tl.minimum((tile + 1) * BLOCK_M - 1, length * G - 1) // G + 1
-    log2_scale = scale * 1.4426950408889634  # 2^(x log2 e) = e^x
 
     max_M = tl.full([BLOCK_M], -1e30, tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     delta_M = tl.zeros([BLOCK_M], tl.float32)
     for start in range(first, stop, BLOCK_N):
         pos_N = start + tl.arange(0, BLOCK_N)
-        valid_N = pos_N < stop
-        k_N = _key_offsets(pos_N, valid_N, key_start, table, stride_kb, stride_kn, PAGE)
-        k_NE = _load(k, k_N, valid_N, E, BLOCK_E)
-        s_MN = tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION) * log2_scale
-        visible_MN = _visible(pos_M[:, None], pos_N[None, :], window, SLIDING)
-        new_max_M = tl.maximum(max_M, tl.max(tl.where(visible_MN, s_MN, -1e30), 1))
-        p_MN = tl.where(visible_MN, tl.exp2(s_MN - new_max_M[:, None]), 0.0)
+        k_NE, v_NE = _load_keys(
+            tensors, strides, block_table, stride_table, key_start, pos_N, pos_N < stop,
+            PAGE, E, BLOCK_E,
+        )  # fmt: skip
+        s_MN = _scores(
+            q_ME, k_NE, scale, pos_M[:, None], pos_N[None, :], window, SLIDING, PRECISION
+        )
+        new_max_M = tl.maximum(max_M, tl.max(s_MN, 1))
+        p_MN = tl.exp2(s_MN - new_max_M[:, None])
         alpha_M = tl.exp2(max_M - new_max_M)
         sum_M = sum_M * alpha_M + tl.sum(p_MN, 1)
         if not HAS_OUT:
-            v_N = _key_offsets(pos_N, valid_N, key_start, table, stride_vb, stride_vn, PAGE)
-            v_NE = _load(v, v_N, valid_N, E, BLOCK_E)
             dp_MN = tl.dot(dout_ME, tl.trans(v_NE), input_precision=PRECISION)
             delta_M = delta_M * alpha_M + tl.sum(p_MN * dp_MN, 1)
         max_M = new_max_M
@@ -292,14 +277,14 @@ def _query_side(
     dq_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(first, stop, BLOCK_N):
         pos_N = start + tl.arange(0, BLOCK_N)
-        valid_N = pos_N < stop
-        k_N = _key_offsets(pos_N, valid_N, key_start, table, stride_kb, stride_kn, PAGE)
-        v_N = _key_offsets(pos_N, valid_N, key_start, table, stride_vb, stride_vn, PAGE)
-        k_NE = _load(k, k_N, valid_N, E, BLOCK_E)
-        v_NE = _load(v, v_N, valid_N, E, BLOCK_E)
-        s_MN = tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION) * log2_scale
-        visible_MN = _visible(pos_M[:, None], pos_N[None, :], window, SLIDING)
-        p_MN = tl.where(visible_MN, tl.exp2(s_MN - lse_M[:, None]), 0.0)
+        k_NE, v_NE = _load_keys(
+            tensors, strides, block_table, stride_table, key_start, pos_N, pos_N < stop,
+            PAGE, E, BLOCK_E,
+        )  # fmt: skip
+        s_MN = _scores(
+            q_ME, k_NE, scale, pos_M[:, None], pos_N[None, :], window, SLIDING, PRECISION
+        )
+        p_MN = tl.exp2(s_MN - lse_M[:, None])
         dp_MN = tl.dot(dout_ME, tl.trans(v_NE), input_precision=PRECISION)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_ME = tl.dot(ds_MN.to(k_NE.dtype), k_NE, dq_ME, input_precision=PRECISION)
@@ -331,11 +316,6 @@ def _key_side(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    q, dout, k, v = tensors
-    stride_qt, stride_qh, stride_dt, stride_dh = strides[0], strides[1], strides[2], strides[3]
-    stride_kb, stride_kn, stride_kh = strides[4], strides[5], strides[6]
-    stride_vb, stride_vn, stride_vh = strides[7], strides[8], strides[9]
-    kv_head = tl.program_id(1)
     row_start, length, key_start, q_start = _segment(segments, tl.program_id(2))
     first = 0
     if SLIDING:
@@ -343,18 +323,13 @@ def _key_side(
     start = (first // BLOCK_N + tl.program_id(0)) * BLOCK_N
     if start >= q_start + length:
         return
-    table = block_table
-    if PAGE != 0:
-        table = block_table + tl.program_id(2) * stride_table
 
     pos_N = start + tl.arange(0, BLOCK_N)
     # Keys that no query of the window sees may be gone from the cache.
     valid_N = (pos_N < q_start + length) & (pos_N >= first)
-    k_N = _key_offsets(pos_N, valid_N, key_start, table, stride_kb, stride_kn, PAGE)
-    v_N = _key_offsets(pos_N, valid_N, key_start, table, stride_vb, stride_vn, PAGE)
-    k_NE = _load(k, k_N + kv_head * stride_kh, valid_N, E, BLOCK_E)
-    v_NE = _load(v, v_N + kv_head * stride_vh, valid_N, E, BLOCK_E)
-    log2_scale = scale * 1.4426950408889634
+    k_NE, v_NE = _load_keys(
+        tensors, strides, block_table, stride_table, key_start, pos_N, valid_N, PAGE, E, BLOCK_E
+    )
 
     first_row = tl.maximum(0, start - q_start) * G
     stop_row = length * G
@@ -365,26 +340,28 @@ def _key_side(
     for row in range(first_row, stop_row, BLOCK_M):
         row_M = row + tl.arange(0, BLOCK_M)
         valid_M = row_M < stop_row
-        pos_M = q_start + row_M // G
+        # A row past the end stands before every key and sees none.
+        pos_M = tl.where(valid_M, q_start + row_M // G, -1)
         token_M = (row_start + row_M // G).to(tl.int64)
-        head_M = kv_head * G + row_M % G
-        q_ME = _load(q, token_M * stride_qt + head_M * stride_qh, valid_M, E, BLOCK_E)
-        dout_ME = _load(dout, token_M * stride_dt + head_M * stride_dh, valid_M, E, BLOCK_E)
+        head_M = tl.program_id(1) * G + row_M % G
+        q_ME, dout_ME = _load_queries(tensors, strides, token_M, head_M, valid_M, E, BLOCK_E)
         lse_M = tl.load(stats[0] + token_M * H + head_M, mask=valid_M, other=0.0)
         delta_M = tl.load(stats[1] + token_M * H + head_M, mask=valid_M, other=0.0)
-        s_NM = tl.dot(k_NE, tl.trans(q_ME), input_precision=PRECISION) * log2_scale
-        visible_NM = _visible(pos_M[None, :], pos_N[:, None], window, SLIDING) & valid_M[None, :]
-        p_NM = tl.where(visible_NM, tl.exp2(s_NM - lse_M[None, :]), 0.0)
+        s_NM = _scores(
+            k_NE, q_ME, scale, pos_M[None, :], pos_N[:, None], window, SLIDING, PRECISION
+        )
+        p_NM = tl.exp2(s_NM - lse_M[None, :])
         dv_NE = tl.dot(p_NM.to(dout_ME.dtype), dout_ME, dv_NE, input_precision=PRECISION)
         dp_NM = tl.dot(v_NE, tl.trans(dout_ME), input_precision=PRECISION)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_NE = tl.dot(ds_NM.to(q_ME.dtype), q_ME, dk_NE, input_precision=PRECISION)
 
-    dk, dv = grads
     key_N = (key_start + pos_N).to(tl.int64)
     dim_E = tl.arange(0, BLOCK_E)
     mask = valid_N[:, None] & (dim_E < E)[None, :]
-    dk_at = dk + (key_N * grad_strides[0] + kv_head * grad_strides[1])[:, None] + dim_E[None, :]
-    dv_at = dv + (key_N * grad_strides[2] + kv_head * grad_strides[3])[:, None] + dim_E[None, :]
-    tl.store(dk_at, tl.load(dk_at, mask=mask) + dk_NE * scale, mask=mask)
-    tl.store(dv_at, tl.load(dv_at, mask=mask) + dv_NE, mask=mask)
+    dk_at, dv_at = grad_strides
+    kv_head = tl.program_id(1)
+    dk_NE_at = grads[0] + (key_N * dk_at[0] + kv_head * dk_at[1])[:, None] + dim_E[None, :]
+    dv_NE_at = grads[1] + (key_N * dv_at[0] + kv_head * dv_at[1])[:, None] + dim_E[None, :]
+    tl.store(dk_NE_at, tl.load(dk_NE_at, mask=mask) + dk_NE * scale, mask=mask)
+    tl.store(dv_NE_at, tl.load(dv_NE_at, mask=mask) + dv_NE, mask=mask)

@@ -5,6 +5,8 @@ softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; then t
 over it, as Liger-Kernel does.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -13,31 +15,6 @@ from torch import Tensor
 from flexft_kernels import linear_cross_entropy as plain
 
 _BLOCK = 4096  # 16 numbers a thread at 8 warps
-
-
-def linear_cross_entropy(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    scale: float,
-    *,
-    row_block: int = 256,
-    vocab_size: int | None = None,
-    need_grad: bool = True,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the plain-torch op of this name."""
-    return plain.linear_cross_entropy(
-        h_ND,
-        weight_VD,
-        targets_N,
-        scale,
-        row_block=row_block,
-        vocab_size=vocab_size,
-        need_grad=need_grad,
-        workspace=workspace,
-        cross_entropy=_cross_entropy_,
-    )
 
 
 def _cross_entropy_(logits_NV: Tensor, targets_N: Tensor, loss_N: Tensor) -> Tensor:
@@ -89,3 +66,6 @@ def _cross_entropy_kernel(
         grad_V = tl.exp(z_V - maximum) / total
         grad_V = tl.where(column_V == target, -others / total, grad_V)
         tl.store(logits + column_V, grad_V.to(logits.dtype.element_ty), mask=column_V < V)
+
+
+linear_cross_entropy = partial(plain.linear_cross_entropy, cross_entropy=_cross_entropy_)

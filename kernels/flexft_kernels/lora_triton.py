@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexft_kernels.lora import Lora
+
 # Rows of a tile: the least that wgmma multiplies.
 _ROWS = 64
 # Columns that a program of `_project` sums over. 512 rows of 4096 columns make 64 programs, of
@@ -26,54 +28,34 @@ _SPLIT_COLUMNS = 512
 _RANKS = 256
 
 
-def lora_backward(
-    dy_TO: Tensor,
-    x_TI: Tensor,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scaling: float,
-    da_RI: Tensor,
-    db_OR: Tensor,
-    dx_TI: Tensor | None,
-    *,
-    xa_TR: Tensor | None = None,
-) -> None:
+def lora_backward(dy_TO: Tensor, x_TI: Tensor, lora: Lora, dx_TI: Tensor | None) -> None:
     """As the plain-torch op of this name, on operands of one dtype."""
-    adapters = (a_RI[None], b_OR[None], [(0, x_TI.shape[0], 0)])
-    grads = (da_RI[None], db_OR[None], dx_TI)
-    grouped_lora_backward(dy_TO, x_TI, *adapters, scaling, *grads, xa_TR=xa_TR)
+    grouped_lora_backward(dy_TO, x_TI, lora[None], [(0, x_TI.shape[0], 0)], dx_TI)
 
 
 def grouped_lora_backward(
     dy_TO: Tensor,
     x_TI: Tensor,
-    a_LRI: Tensor,
-    b_LOR: Tensor,
+    loras: Lora,
     groups: Iterable[tuple[int, int, int]],
-    scaling: float,
-    da_LRI: Tensor,
-    db_LOR: Tensor,
     dx_TI: Tensor | None,
-    *,
-    xa_TR: Tensor | None = None,
 ) -> None:
     """As the plain-torch op of this name, on operands of one dtype.
 
     t and u are rounded to that dtype before they are multiplied again; all sums are fp32. Ranks
     are taken 256 at a time, with dx rounded after each.
     """
-    assert da_LRI.dtype == db_LOR.dtype == torch.float32
-    assert x_TI.dtype == dy_TO.dtype == a_LRI.dtype == b_LOR.dtype
+    assert loras.da.dtype == loras.db.dtype == torch.float32
+    assert x_TI.dtype == dy_TO.dtype == loras.a.dtype == loras.b.dtype
     groups = list(groups)
     table = torch.tensor(groups, dtype=torch.int32).to(x_TI.device, non_blocking=True)
     rows = (table, max(stop - start for start, stop, _ in groups))
-    for first in range(0, a_LRI.shape[1], _RANKS):
+    for first in range(0, loras.a.shape[1], _RANKS):
         ranks = slice(first, first + _RANKS)
-        a, b = a_LRI[:, ranks].mT, b_LOR[:, :, ranks]
-        t_TR = _project(dy_TO, b, *rows)
-        u_TR = _project(x_TI, a, *rows) if xa_TR is None else xa_TR[:, ranks].to(x_TI.dtype)
-        _gradients(x_TI, t_TR, table, scaling, da_LRI[:, ranks].mT, a, dx_TI)
-        _gradients(dy_TO, u_TR, table, scaling, db_LOR[:, :, ranks], None, None)
+        a, b = loras.a[:, ranks].mT, loras.b[:, :, ranks]
+        t_TR, u_TR = _project(dy_TO, b, *rows), _project(x_TI, a, *rows)
+        _gradients(x_TI, t_TR, table, loras.scaling, loras.da[:, ranks].mT, a, dx_TI)
+        _gradients(dy_TO, u_TR, table, loras.scaling, loras.db[:, :, ranks], None, None)
 
 
 def _project(z_TC: Tensor, weight_LCR: Tensor, groups: Tensor, longest: int) -> Tensor:

@@ -29,15 +29,16 @@ def _by_device(plain: Callable[P, R], *, half_only: bool = False) -> Callable[P,
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, torch.Tensor)
-        if not first.is_cuda or (half_only and first.dtype == torch.float32):
-            return plain(*args, **kwargs)
-        return twin()(*args, **kwargs)
+        return (twin() if _has_kernel(first, half_only) else plain)(*args, **kwargs)
 
     return op
 
 
+def _has_kernel(first: torch.Tensor, half_only: bool) -> bool:
+    return first.is_cuda and not (half_only and first.dtype == torch.float32)
+
+
 attention_backward_varlen = _by_device(attention.attention_backward_varlen, half_only=True)
-paged_attention_backward = _by_device(attention.paged_attention_backward, half_only=True)
 lora_backward = _by_device(lora.lora_backward, half_only=True)
 grouped_lora_backward = _by_device(lora.grouped_lora_backward, half_only=True)
 linear_cross_entropy = _by_device(loss.linear_cross_entropy)

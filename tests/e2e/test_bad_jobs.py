@@ -299,9 +299,9 @@ def overflow_in_last_update(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job["training"].update(lr_scheduler_type="constant")
     original = AdapterOptimizer.update
 
-    def update(self: Any, learning_rate: float) -> float:
+    def update(self: Any, *args: Any) -> Any:
         self.adapter.grad.mul_(1e6)
-        return original(self, learning_rate)
+        return original(self, *args)
 
     monkeypatch.setattr(AdapterOptimizer, "update", update)
 
@@ -321,10 +321,10 @@ def inf_gradient(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     original = AdapterOptimizer.update
     calls = itertools.count(1)
 
-    def update(self: Any, learning_rate: float) -> float:
+    def update(self: Any, *args: Any) -> Any:
         if next(calls) == 2:
             self.adapter.grad[0] = torch.inf
-        return original(self, learning_rate)
+        return original(self, *args)
 
     monkeypatch.setattr(AdapterOptimizer, "update", update)
 

@@ -186,11 +186,11 @@ def test_job_that_fails_with_steps_under_way_harms_neither_requests_nor_the_next
     alone = asked(engine, ASKS)
     update, updates = AdapterOptimizer.update, []
 
-    def fail_at_third(self: Any, *args: Any) -> float:
+    def fail_at_third(self: Any, *args: Any) -> torch.Tensor:
         updates.append(1)
         if len(updates) == 3:
             raise RuntimeError("no third step")
-        return float(update(self, *args))
+        return update(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(AdapterOptimizer, "update", fail_at_third)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def trainer_of(
 
     def slots(targets: list[Target]) -> list[LoraSlot]:
         sizes = ((t.in_features, t.out_features) for t in targets)
-        return [LoraSlot(torch.empty(RANK, i), torch.empty(o, RANK)) for i, o in sizes]
+        new = partial(torch.empty, device=model.device)
+        return [LoraSlot(new(RANK, i), new(o, RANK)) for i, o in sizes]
 
     job = {"name": "job", "dataset": {"path": "rows.jsonl"}, "peft": {"r": RANK, **(peft or {})}}
     setup = OpenJob(

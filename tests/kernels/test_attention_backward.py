@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexft_kernels import attention as module
-from flexft_kernels.attention import attention_backward, attention_backward_varlen
+from flexft_kernels.attention import KeysValues, attention_backward, attention_backward_varlen
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
@@ -21,14 +21,10 @@ def in_windows(case, borders, *, forget_dk_of=None, shift=None):
         dq[rows] = attention_backward(
             case.dout[rows],
             case.q[rows],
-            case.k,
-            case.v,
-            case.out[rows],
+            KeysValues(case.k, case.v, dk.clone() if i == forget_dk_of else dk, dv),
             q_start=start - 1 if i == shift else start,
             scale=case.scale,
             sliding_window=case.sliding_window,
-            dk_SKE=dk.clone() if i == forget_dk_of else dk,
-            dv_SKE=dv,
         )
     return dq, dk, dv
 
@@ -98,13 +94,10 @@ def test_keys_that_no_query_sees_are_neither_read_nor_written(sliding_window, fi
     dq = attention_backward(
         case.dout[rows],
         case.q[rows],
-        k,
-        v,
+        KeysValues(k, v, dk, dv),
         q_start=30,
         scale=case.scale,
         sliding_window=sliding_window,
-        dk_SKE=dk,
-        dv_SKE=dv,
     )
     assert all(bool(torch.isfinite(x).all()) for x in (dq, dk, dv))
     assert bool((dk[unseen] == 7.0).all())
@@ -118,7 +111,7 @@ def test_views_of_a_cache_and_of_a_merged_projection_are_accepted():
     k, v = cache.permute(2, 1, 0, 3)
     q = torch.cat((torch.randn(47, 1, 8), case.q), dim=1)[:, 1:]
     dk, dv = torch.zeros(2, 47, 8).transpose(0, 1), torch.zeros(2, 47, 8).transpose(0, 1)
-    dq = attention_backward(case.dout, q, k, v, q_start=0, scale=case.scale, dk_SKE=dk, dv_SKE=dv)
+    dq = attention_backward(case.dout, q, KeysValues(k, v, dk, dv), q_start=0, scale=case.scale)
     assert error(case, (dq, dk, dv)) <= TOLERANCE[torch.float32]
 
 
@@ -139,14 +132,11 @@ def test_a_window_over_several_sequences_is_each_sequence_alone():
         dq[rows] = attention_backward_varlen(
             dout[rows],
             q[rows],
-            k,
-            v,
+            KeysValues(k, v, dk, dv),
             out[rows],
             segments,
             scale=cases[0].scale,
             sliding_window=11,
-            dk_TKE=dk,
-            dv_TKE=dv,
         )
     parts = zip(*(x.split(lengths) for x in (dq, dk, dv)), strict=True)
     for case, grads in zip(cases, parts, strict=True):
@@ -157,5 +147,5 @@ def test_it_runs_on_inference_tensors():
     with torch.inference_mode():
         q = torch.randn(17, 4, 8)
         k, v, dk, dv = torch.randn(4, 17, 2, 8)
-        dq = attention_backward(q, q, k, v, q_start=0, scale=1.0, dk_SKE=dk, dv_SKE=dv)
+        dq = attention_backward(q, q, KeysValues(k, v, dk, dv), q_start=0, scale=1.0)
     assert bool(torch.isfinite(dq).all())

@@ -3,11 +3,8 @@ import torch
 from harness.attention_case import error, sequence
 
 from flexft_kernels import attention
-from flexft_kernels.attention_triton import (
-    Tiles,
-    attention_backward_varlen,
-    paged_attention_backward,
-)
+from flexft_kernels.attention import KeysValues
+from flexft_kernels.attention_triton import Tiles, attention_backward_varlen
 
 # P and dS are rounded before their GEMMs, and the result after: 2⁻⁹ each in bf16, 2⁻¹² in fp16.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.6e-3}
@@ -27,14 +24,11 @@ def backward(case, device, *, cut, tiles=SMALL, use_out=False):
             dq[rows] = attention_backward_varlen(
                 dout[rows],
                 q[rows],
-                k,
-                v,
+                KeysValues(k, v, dk, dv),
                 out[rows] if use_out else None,
                 [(0, stop - start, 0, start)],
                 scale=case.scale,
                 sliding_window=case.sliding_window,
-                dk_TKE=dk,
-                dv_TKE=dv,
                 tiles=tiles,
             )
     assert dq.dtype == q.dtype
@@ -97,16 +91,15 @@ def test_blocks_of_a_cache_in_any_order_are_the_sequences(sliding_window, device
     rest = {"scale": cases[0].scale, "sliding_window": sliding_window}
     sums = torch.full((2, key, 2, 8), 7.0)  # added to, where a key is seen
     expected = sums.clone()
-    expected_dq = attention.paged_attention_backward(
-        dout, q, k_cache, v_cache, table, None, segments, dk_TKE=expected[0], dv_TKE=expected[1],
-        **rest,
-    )  # fmt: skip
+    expected_dq = attention.attention_backward_varlen(
+        dout, q, KeysValues(k_cache, v_cache, *expected, table), None, segments, **rest
+    )
     cache, sums = cache.to(device), sums.to(device)
     k_cache, v_cache = cache.permute(0, 2, 1, 3).split(8, dim=-1)
-    dq = paged_attention_backward(
-        dout.to(device), q.to(device), k_cache, v_cache, table.to(device), None, segments,
-        dk_TKE=sums[0], dv_TKE=sums[1], tiles=SMALL, **rest,
-    )  # fmt: skip
+    kv = KeysValues(k_cache, v_cache, *sums, table.to(device))
+    dq = attention_backward_varlen(
+        dout.to(device), q.to(device), kv, None, segments, tiles=SMALL, **rest
+    )
     torch.testing.assert_close(dq.cpu(), expected_dq, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(sums.cpu(), expected, atol=4e-6, rtol=2e-6)
     # Of the reference: the sequence that is whole in the window has autograd's gradients.
@@ -116,9 +109,8 @@ def test_blocks_of_a_cache_in_any_order_are_the_sequences(sliding_window, device
 def test_rows_of_no_segment_get_a_zero_gradient(device):
     q = torch.randn(7, 2, 16, device=device)
     k, v, dk, dv = torch.randn(4, 7, 1, 16, device=device)
-    dq = attention_backward_varlen(
-        q, q, k, v, None, [(2, 5, 0, 0)], scale=1.0, dk_TKE=dk, dv_TKE=dv, tiles=SMALL
-    )
+    kv = KeysValues(k, v, dk, dv)
+    dq = attention_backward_varlen(q, q, kv, None, [(2, 5, 0, 0)], scale=1.0, tiles=SMALL)
     assert bool((dq[:2] == 0).all())
     assert bool((dq[5:] == 0).all())
     assert bool((dq[2:5] != 0).any())

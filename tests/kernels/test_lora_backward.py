@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexft_kernels.lora import lora_backward
+from flexft_kernels.lora import Lora, lora_backward
 
 SHAPES = [(1, 3, 17, 1), (3, 17, 3, 2), (47, 123, 257, 8), (257, 47, 17, 16)]  # (T, I, O, R)
 SCALING = 1.7
@@ -23,12 +23,10 @@ def case(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("has_xa", [False, True])
-def test_gradients_of_a_and_b_are_autograd_in_fp32_for_any_operand(shape, has_xa, dtype, close):
+def test_gradients_of_a_and_b_are_autograd_in_fp32_for_any_operand(shape, dtype, close):
     dy, x, a, b, _, da64, db64 = case(shape, dtype)
     da, db = torch.zeros(a.shape), torch.zeros(b.shape)
-    xa = x.float() @ a.float().t() if has_xa else None
-    lora_backward(dy, x, a, b, SCALING, da, db, None, xa_TR=xa)
+    lora_backward(dy, x, Lora(a, b, da, db, SCALING), None)
     close(da, da64, torch.float32)
     close(db, db64, torch.float32)
 
@@ -37,7 +35,8 @@ def test_gradients_of_a_and_b_are_autograd_in_fp32_for_any_operand(shape, has_xa
 def test_gradient_of_the_input_is_autograd(shape, dtype, close):
     dy, x, a, b, dx64, _, _ = case(shape, dtype)
     dx = torch.zeros(x.shape, dtype=dtype)
-    lora_backward(dy, x, a, b, SCALING, torch.zeros(a.shape), torch.zeros(b.shape), dx)
+    lora = Lora(a, b, torch.zeros(a.shape), torch.zeros(b.shape), SCALING)
+    lora_backward(dy, x, lora, dx)
     close(dx, dx64, dtype)
 
 
@@ -45,7 +44,8 @@ def test_every_gradient_is_added_to_what_is_there(close):
     dy, x, a, b, dx64, da64, db64 = case((47, 123, 17, 3), torch.float32)
     start = [torch.randn(g.shape) for g in (da64, db64, dx64)]
     grads = [s.clone() for s in start]
-    lora_backward(dy, x, a, b, SCALING, *grads)
+    da, db, dx = grads
+    lora_backward(dy, x, Lora(a, b, da, db, SCALING), dx)
     for grad, before, expected in zip(grads, start, (da64, db64, dx64), strict=True):
         close(grad, before.double() + expected, torch.float32)
 
@@ -60,7 +60,7 @@ def test_windows_of_bf16_tokens_add_up_without_loss(close):
         da64, db64 = torch.autograd.grad(y, (a64, b64), dy.double())
     da, db = torch.zeros(a.shape), torch.zeros(b.shape)
     for rows in torch.arange(4096).split(128):
-        lora_backward(dy[rows], x[rows], a, b, SCALING, da, db, None)
+        lora_backward(dy[rows], x[rows], Lora(a, b, da, db, SCALING), None)
     close(da, da64, torch.float32)
     close(db, db64, torch.float32)
 
@@ -70,6 +70,6 @@ def test_a_part_of_a_merged_projection_is_accepted(close):
     merged = torch.randn(17, 48)
     merged[:, 16:32] = dy
     da, db = torch.zeros(a.shape), torch.zeros(b.shape)
-    lora_backward(merged[:, 16:32], x, a, b, SCALING, da, db, None)
+    lora_backward(merged[:, 16:32], x, Lora(a, b, da, db, SCALING), None)
     close(da, da64, torch.float32)
     close(db, db64, torch.float32)

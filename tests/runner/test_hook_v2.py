@@ -16,9 +16,9 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE
-from vllm_flexft.runner.capture import CapturedRows
 from vllm_flexft.runner.hook import V2_RUNNER, CoServeRunnerMixin, add_finetuning
 from vllm_flexft.runner.hook_v2 import CoServeV2RunnerMixin, _NoGraphs
+from vllm_flexft.train.activations import LaneRows
 
 V2 = model_runner.GPUModelRunner
 
@@ -91,7 +91,8 @@ class Base:
 def runner():
     runner = type("Runner", (CoServeV2RunnerMixin, Base), {})()
     runner.start_co_serving(None)
-    trainer = SimpleNamespace(begin=lambda _: None)
+    store = SimpleNamespace(rows=lambda lane, ranges: LaneRows(lane, tuple(ranges)))
+    trainer = SimpleNamespace(begin=lambda _: None, store=store, awaiting=False)
     runner._jobs["job"] = SimpleNamespace(capture=SimpleNamespace(rows=[]), trainer=trainer)
     return runner
 
@@ -115,7 +116,7 @@ def test_rows_of_chunks_are_found_in_the_order_of_v2(runner):
     batch = scheduled((plan(*chunks),), prefill=5, **{"ft-a": 7, "decode": 1, "ft-b": 3})
     assert runner.execute_model(batch) is None
     assert runner.seen[0] is _NoGraphs
-    assert runner.seen[1]["job"] == [CapturedRows(9, 16, 0, 0), CapturedRows(1, 4, 1, 40)]
+    assert runner.seen[1]["job"] == [LaneRows(0, ((9, 16, 0),)), LaneRows(1, ((1, 4, 40),))]
     assert runner._jobs["job"].capture.rows == []
     assert runner.cudagraph_manager == "graphs"
 

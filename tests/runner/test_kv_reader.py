@@ -39,8 +39,8 @@ def test_keys_and_values_read_back_are_those_of_transformers(family, dtype, benc
     def record(self: Any, geometry: Any, fresh: bool) -> None:
         load(self, geometry, fresh)
         (layer,) = (layer.index for layer in self.model.layers if layer.attention is geometry)
-        k, v = self._kv  # the next layer's take their place
-        seen[layer] = k.clone(), v.clone()
+        # the next layer's take their place
+        seen[layer] = self._kv.k.clone(), self._kv.v.clone()
 
     monkeypatch.setattr(MicroBatchBackward, "_load_kv", record)
     bench = bench(family, dtype)

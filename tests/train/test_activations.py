@@ -202,13 +202,13 @@ def test_every_kept_tensor_is_read_by_the_backward(targets, bench, tmp_path, mon
     backward = trainer.Trainer._backward
     spoil: list[tuple[int, str] | None] = [None]
 
-    def spoilt(self: Any, work: Any) -> Any:
+    def spoilt(self: Any, work: Any, shared: Any) -> Any:
         lanes = self.store._lanes
         kept[:] = list(lanes[0])
         if spoil[0] is not None and work.backward:
             for lane in lanes:
                 lane[spoil[0]].fill_(float("nan"))
-        return backward(self, work)
+        return backward(self, work, shared)
 
     monkeypatch.setattr(trainer.Trainer, "_backward", spoilt)
     bench.train(case, adapter, dataset)

@@ -64,10 +64,11 @@ def without_contribution(patch: Patch, which: str, rows: slice) -> None:
     """The second window to run in the uppermost layer adds nothing to those rows of dK or dV."""
 
     def attention(original: Any, call: int, *args: Any, **kwargs: Any) -> Tensor:
-        before = kwargs[which].clone()
+        sums = getattr(args[2], which)
+        before = sums.clone()
         dq = original(*args, **kwargs)
         if call == 1:
-            kwargs[which][rows] = before[rows]
+            sums[rows] = before[rows]
         return dq
 
     replace_attention(patch, attention)
@@ -206,20 +207,18 @@ def scaling_of_the_slot_missing(patch: Patch) -> None:
 
 
 def captured_one_row_low(patch: Patch) -> None:
-    from vllm_flexft.runner.capture import CapturedRows
-    from vllm_flexft.runner.hook import CoServeRunnerMixin
+    from vllm_flexft.train.activations import ActivationStore, LaneRows
 
-    located = CoServeRunnerMixin._finetune_rows
+    located = ActivationStore.rows
 
-    def one_low(self: Any, plan: Any) -> list[CapturedRows]:
-        rows = []
-        for at in located(self, plan):
+    def one_low(self: Any, lane: int, ranges: list[tuple[int, int, int]]) -> LaneRows:
+        low = []
+        for start, stop, to in ranges:
             # The first row is written too: what an unwritten one holds is chance.
-            rows.append(CapturedRows(at.start, at.start + 1, at.lane, at.to))
-            rows.append(CapturedRows(at.start, at.stop - 1, at.lane, at.to + 1))
-        return rows
+            low += [(start, start + 1, to), (start, stop - 1, to + 1)]
+        return located(self, lane, low)
 
-    patch.setattr(CoServeRunnerMixin, "_finetune_rows", one_low)
+    patch.setattr(ActivationStore, "rows", one_low)
 
 
 def kv_blocks_swapped(patch: Patch) -> None:

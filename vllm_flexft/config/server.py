@@ -54,6 +54,11 @@ class ServerOptions(Section):
         description="auto (keep what fits memory_gib, recompute the rest), fast (keep all that is "
         "read), minimal (recompute all that can be), or offload (keep all, in host memory)",
     )
+    overlap_backward: bool = Field(
+        False,
+        description="false (the backward runs after the forward of its step), or true (on a GPU it "
+        "runs beside later forwards, on a stream of its own)",
+    )
     max_jobs_at_once: int = Field(
         1, ge=1, description="an integer >= 1, jobs that train at the same time"
     )

@@ -9,18 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_flexft.runner.capture_op import Pick, listen, place
-from vllm_flexft.train.activations import ActivationStore
+from vllm_flexft.train.activations import ActivationStore, LaneRows
 from vllm_flexft.train.model import ServedModel
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedRows:
-    """Rows [start, stop) of the batch go to the lane from row `to` on."""
-
-    start: int
-    stop: int
-    lane: int
-    to: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +32,7 @@ class Capture:
     """
 
     def __init__(self, model: ServedModel, store: ActivationStore) -> None:
-        self.rows: list[CapturedRows] = []
+        self.rows: list[LaneRows] = []
         self.error: Exception | None = None
         self._store = store
         parts = [
@@ -67,8 +57,7 @@ class Capture:
             return
         try:
             for rows in self.rows:
-                part = source[rows.start : rows.stop]
-                self._store.write(rows.lane, point.layer, point.name, rows.to, part)
+                self._store.write(rows, point.layer, point.name, source)
         except Exception as error:
             self.error = self.error or error
 

@@ -18,11 +18,13 @@ from vllm.v1.outputs import (
 )
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, OpenJob, StepPlan, StepResult
-from vllm_flexft.runner.capture import CapturedRows
 from vllm_flexft.runner.containment import BlockIds, diverged, zero_blocks
 from vllm_flexft.runner.opened_job import OpenedJob
+from vllm_flexft.runner.touched import touched
 from vllm_flexft.runner.view import served_model
+from vllm_flexft.train.activations import ActivationStore, LaneRows
 from vllm_flexft.train.model import ServedModel
+from vllm_flexft.train.stream import BackwardStream, streams_for
 from vllm_flexft.train.trainer import Trainer
 from vllm_flexft.wiring import CoServeConfig
 
@@ -45,20 +47,26 @@ class CoServeRunnerMixin(_RunnerBase):
     _jobs: dict[str, OpenedJob]
     _view: ServedModel | None
     _block_ids: dict[str, BlockIds]  # of this step's chunks
+    _stream: BackwardStream | None  # None: no job was opened yet
+    _no_rows: bool  # the step under way has no forward
 
     def start_co_serving(self, config: CoServeConfig) -> None:
         self._co_serve = config
         self._plans = ()
         self._not_opened, self._jobs, self._block_ids = {}, {}, {}
-        self._view = None
+        self._view = self._stream = None
+        self._no_rows = False
 
     @torch.inference_mode()
     def execute_model(
         self, scheduler_output: Any, intermediate_tensors: Any = None, **options: Any
     ) -> Any:
         self._plans = getattr(scheduler_output, PLAN_ATTRIBUTE, ())
-        if not self._plans:
+        if self._stream is not None and self._stream.busy:
+            self._stream.before_forward(touched(scheduler_output, self._plans))
+        if not self._takes_part():
             return super().execute_model(scheduler_output, intermediate_tensors, **options)
+        self._no_rows = not scheduler_output.num_scheduled_tokens
         chunks = {chunk.req_id for plan in self._plans for chunk in plan.chunks}
         self._block_ids = {
             request.req_id: request.block_ids
@@ -80,7 +88,11 @@ class CoServeRunnerMixin(_RunnerBase):
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        return self._finish(output) if self._plans else output
+        return self._finish(output) if self._takes_part() else output
+
+    def _takes_part(self) -> bool:
+        """Whether the step has finetune work, or results of earlier steps are awaited."""
+        return bool(self._plans) or any(job.trainer.awaiting for job in self._jobs.values())
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._capture_chunks()
@@ -91,20 +103,20 @@ class CoServeRunnerMixin(_RunnerBase):
         for plan in self._plans:
             if plan.chunks and (job := self._jobs.get(plan.job_id)) is not None:
                 try:
-                    job.capture.rows = self._finetune_rows(plan)
+                    job.capture.rows = self._finetune_rows(plan, job.trainer.store)
                 except Exception as error:
                     job.trainer.fail(error)
 
-    def _finetune_rows(self, plan: StepPlan) -> list[CapturedRows]:
+    def _finetune_rows(self, plan: StepPlan, store: ActivationStore) -> list[LaneRows]:
         """Where each chunk lies in the batch; rows are ordered by the runner, not by us."""
         index_of, starts = self._batch_layout()
-        rows = []
+        ranges: dict[int, list[tuple[int, int, int]]] = {}  # by lane
         for chunk in plan.chunks:
             at = index_of[chunk.req_id]
             start, stop = int(starts[at]), int(starts[at + 1])
             assert stop - start == chunk.num_tokens, (start, stop, chunk)
-            rows.append(CapturedRows(start, stop, chunk.lane, chunk.row))
-        return rows
+            ranges.setdefault(chunk.lane, []).append((start, stop, chunk.row))
+        return [store.rows(lane, parts) for lane, parts in ranges.items()]
 
     def _batch_layout(self) -> tuple[Mapping[str, int], Any]:
         """Place of each request in the batch, and where each place's rows begin."""
@@ -132,27 +144,33 @@ class CoServeRunnerMixin(_RunnerBase):
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """After the forward and sampling: train, and answer on the runner's output."""
         plans, self._plans = self._plans, ()
-        results = tuple(r for r in map(self._train, plans) if r is not None)
+        results = [result for plan in plans for result in self._train(plan)]
+        planned = {plan.job_id for plan in plans}
+        for job_id, job in self._jobs.items():
+            if job_id not in planned and job.trainer.awaiting:
+                # In a step without a forward nobody is kept waiting.
+                results += job.trainer.poll(wait=self._no_rows)
         if results:
             if isinstance(output, AsyncModelRunnerOutput):
-                return _PendingOutput(output, results)
+                return _PendingOutput(output, tuple(results))
             if output is EMPTY_MODEL_RUNNER_OUTPUT:  # a shared constant
                 output = copy.copy(output)
-            setattr(output, RESULT_ATTRIBUTE, results)
+            setattr(output, RESULT_ATTRIBUTE, tuple(results))
         return output
 
-    def _train(self, plan: StepPlan) -> StepResult | None:
-        result = self._not_opened.get(plan.job_id)
+    def _train(self, plan: StepPlan) -> list[StepResult]:
+        not_opened = self._not_opened.get(plan.job_id)
+        results = [not_opened] if not_opened is not None else []
         job = self._jobs.get(plan.job_id)
-        if result is None and job is not None:
+        if not results and job is not None:
             if job.capture.error is not None:
                 job.trainer.fail(job.capture.error)
             self._contain_divergence(plan, job.trainer)
-            result = job.trainer.step(plan)
+            results = job.trainer.step(plan)
         if plan.close_job and job is not None:
             del self._jobs[plan.job_id]
             job.close()
-        return result
+        return results
 
     def _contain_divergence(self, plan: StepPlan, trainer: Trainer) -> None:
         """See containment.py. Never raises."""
@@ -174,7 +192,10 @@ class CoServeRunnerMixin(_RunnerBase):
                 name: index for index, group in enumerate(groups) for name in group.layer_names
             }
             self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
-        self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager)
+        if self._stream is None:
+            serial = not self._co_serve.options.overlap_backward
+            self._stream = BackwardStream(streams_for(self._view.device, serial=serial))
+        self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager, self._stream)
 
 
 class _PendingOutput(AsyncModelRunnerOutput):

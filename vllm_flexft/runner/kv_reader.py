@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 KVReader = Callable[[Tensor], tuple[Tensor, Tensor]]
+KVPages = Callable[[], tuple[Tensor, Tensor]]
 
 
 def kv_reader_for(attention: Any) -> KVReader:
@@ -34,11 +35,27 @@ def kv_reader_for(attention: Any) -> KVReader:
     return lambda block_ids: _read_cpu_vec(attention.kv_cache, block_ids)
 
 
-def _read_rows(kv_BKNE2: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+def kv_pages_for(attention: Any) -> KVPages | None:
+    """-> K and V of the whole cache, each a view (B, N, K, E), for ops that read it in place.
+
+    None on CPU: its layout has no such view of K, and plain torch would gather the sequence again
+    for every window where `kv_reader_for` is asked once a layer.
+    """
+    if attention.kv_cache.device.type == "cpu":
+        return None
+    return lambda: _pages(attention.kv_cache)
+
+
+def _pages(kv_BKNE2: Tensor) -> tuple[Tensor, Tensor]:
     """CUDA backends: the logical view is (B, K, N, 2E) whatever the physical layout (read)."""
-    head_dim = kv_BKNE2.shape[-1] // 2
-    rows = kv_BKNE2[block_ids].permute(0, 2, 1, 3).reshape(-1, kv_BKNE2.shape[1], 2 * head_dim)
-    return rows[..., :head_dim], rows[..., head_dim:]
+    k, v = kv_BKNE2.transpose(1, 2).chunk(2, dim=-1)
+    return k, v
+
+
+def _read_rows(kv_BKNE2: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks' tokens in a row, of a cache as in `_pages`."""
+    k, v = (pages[block_ids].flatten(0, 1) for pages in _pages(kv_BKNE2))
+    return k, v
 
 
 def _read_cpu_vec(kv_BKN2E: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:

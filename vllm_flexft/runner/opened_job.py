@@ -11,13 +11,16 @@ from vllm_flexft.runner.capture import Capture
 from vllm_flexft.runner.slots import close_slot, open_slot
 from vllm_flexft.train.adapter import Target
 from vllm_flexft.train.model import LoraSlot, ServedModel
+from vllm_flexft.train.stream import BackwardStream
 from vllm_flexft.train.trainer import Trainer
 
 logger = logging.getLogger("vllm.flexft")
 
 
 class OpenedJob:
-    def __init__(self, setup: OpenJob, view: ServedModel, lora_manager: Any) -> None:
+    def __init__(
+        self, setup: OpenJob, view: ServedModel, lora_manager: Any, stream: BackwardStream
+    ) -> None:
         """Raises what made opening fail, with everything let go again. `lora_manager` is the
         worker's `LRUCacheWorkerLoRAManager`."""
         self._releases: list[Callable[[], None]] = []
@@ -28,7 +31,7 @@ class OpenedJob:
             return open_slot(lora_manager, setup.lora_int_id, setup.job.peft.r, targets, dtype)
 
         try:
-            self.trainer = Trainer(setup, view, make_slots, memory_bytes=setup.memory_bytes)
+            self.trainer = Trainer(setup, view, make_slots, setup.memory_bytes, stream)
             self._releases.append(self.trainer.close)
             self.capture = Capture(view, self.trainer.store)
             self._releases.append(self.capture.remove)

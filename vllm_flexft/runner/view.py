@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm_flexft.graph.families import family_of
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.runner.base_weight import input_grad_of
-from vllm_flexft.runner.kv_reader import kv_reader_for
+from vllm_flexft.runner.kv_reader import kv_pages_for, kv_reader_for
 from vllm_flexft.train.model import (
     AttentionGeometry,
     DecoderLayer,
@@ -82,6 +82,7 @@ def _decoder_layer(index: int, layer: Any, kv_group_of: dict[str, int]) -> Decod
         kv_group=kv_group_of[core.layer_name],
         read_kv=kv_reader_for(core),
         block_size=_kv_block_size(core),
+        kv_pages=kv_pages_for(core),
     )
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return DecoderLayer(

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_flexft.plugin import install_worker_patches
 from vllm_flexft.runner.hook import add_finetuning
+from vllm_flexft.train.stream import prefer_forwards
 from vllm_flexft.wiring import CoServeConfig, memory_budget
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class _CoServeWorker(_WorkerBase):
         config = CoServeConfig.from_vllm_config(self.vllm_config)
         assert config is not None, "co-serving worker without co-serving configuration"
         add_finetuning(self.model_runner, config)
+        if self.device.type == "cuda" and config.options.overlap_backward:
+            prefer_forwards(self.device)
 
 
 class CoServeGPUWorker(_CoServeWorker, Worker):

@@ -16,13 +16,31 @@ The stage above the last layer leaves `residual_in` only: the input of the final
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from flexft_kernels.ops import copy_rows
 from vllm_flexft.graph.job_memory import Lanes
 from vllm_flexft.graph.memory import MemoryPlan
 
 Key = tuple[int, str]  # layer (or the number of layers: the final norm), tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRows:
+    """Which rows of a batch go to which rows of a lane, for every tensor of a forward.
+
+    ranges: (start, stop, to): rows [start, stop) of the batch go to the lane from row `to` on.
+    index: the same as two (n,) integer tensors on the device, rows of the batch and of the lane,
+    where one launch for all ranges is worth it.
+    """
+
+    lane: int
+    ranges: tuple[tuple[int, int, int], ...]
+    index: tuple[Tensor, Tensor] | None = None
 
 
 class ActivationStore:
@@ -67,10 +85,22 @@ class ActivationStore:
     def holds(self, layer: int, name: str) -> bool:
         return (layer, name) in self._lanes[0]
 
-    def write(self, lane: int, layer: int, name: str, start: int, source: Tensor) -> None:
-        """Rows from `start` on; columns of `source` beyond the tensor's width are dropped."""
-        target = self._lanes[lane][layer, name]
-        target[start : start + source.shape[0]] = source[:, : target.shape[1]]
+    def rows(self, lane: int, ranges: Iterable[tuple[int, int, int]]) -> LaneRows:
+        """For `write`. A copy of a range is one launch, and a layer keeps five tensors: on a GPU
+        several ranges go by index. On a CPU a range is a memcpy, and so is one to the host."""
+        ranges = tuple(ranges)
+        if self._arena.device.type != "cuda" or len(ranges) == 1:
+            return LaneRows(lane, ranges)
+        return LaneRows(lane, ranges, _index(ranges, self._device))
+
+    def write(self, rows: LaneRows, layer: int, name: str, source: Tensor) -> None:
+        """From a tensor of the whole batch; its columns beyond the kept width are dropped."""
+        target = self._lanes[rows.lane][layer, name]
+        if rows.index is not None:
+            copy_rows(source, rows.index[0], target, rows.index[1])
+            return
+        for start, stop, to in rows.ranges:
+            target[to : to + stop - start] = source[start:stop, : target.shape[1]]
 
     def window(self, lane: int, layer: int, start: int, stop: int) -> dict[str, Tensor]:
         """Name -> rows [start, stop) of everything that the layer keeps, on the device."""
@@ -84,3 +114,12 @@ class ActivationStore:
         """The given rows (n,) of one tensor, on the device."""
         tensor = self._lanes[lane][layer, name]
         return tensor[rows.to(tensor.device)].to(self._device, non_blocking=True)
+
+
+def _index(ranges: Iterable[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    pairs = [
+        torch.stack((torch.arange(start, stop), torch.arange(to, to + stop - start)))
+        for start, stop, to in ranges
+    ]
+    read, write = torch.cat(pairs, dim=1).to(device, non_blocking=True)
+    return read, write

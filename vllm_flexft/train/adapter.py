@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexft_kernels.lora import Lora
 from vllm_flexft.config import PeftConfig
 from vllm_flexft.graph.families import TARGETS, target_layers, target_names
 from vllm_flexft.train.model import LoraSlot, ServedModel
@@ -31,6 +32,11 @@ class LoraLinear:
     grad_a: Tensor  # (R, I) fp32
     grad_b: Tensor  # (O, R) fp32, with respect to scaling * B until finish_gradients()
     slot: LoraSlot
+
+    @property
+    def bypass(self) -> Lora:
+        """As the backward sees it; the slot's B carries the scaling."""
+        return Lora(self.slot.a, self.slot.b, self.grad_a, self.grad_b)
 
 
 def lora_scaling(peft: PeftConfig) -> float:

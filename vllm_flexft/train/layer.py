@@ -43,7 +43,7 @@ class LayerBackward:
         """dY of the layer's output -> dX of its input, (W, D) fp32; None when no layer below
         reads it. The residual stream's gradient stays in fp32: every layer adds to it.
 
-        Adds to the adapters' gradients and to `inputs.dk_TKE`, `inputs.dv_TKE`.
+        Adds to the adapters' gradients and to the sums in `inputs.kv`.
         """
         tensors = WindowTensors(self.adapters, inputs)
         d_mid_WD = self._mlp(dy_WD, tensors)
@@ -75,18 +75,15 @@ class LayerBackward:
         dq_WHE = attention_backward_varlen(
             dout.view(window, heads, dim),
             tensors["q"],
-            inputs.k_TKE,
-            inputs.v_TKE,
+            inputs.kv,
             None,
             inputs.segments,
             scale=geometry.scale,
             sliding_window=geometry.sliding_window,
-            dk_TKE=inputs.dk_TKE,
-            dv_TKE=inputs.dv_TKE,
         )
         rows = slice(inputs.start, inputs.start + window)
         dq_WHE = rope_backward(dq_WHE, tensors.cos_sin)
-        dk_WKE = rope_backward(inputs.dk_TKE[rows], tensors.cos_sin)
+        dk_WKE = rope_backward(inputs.kv.dk_TKE[rows], tensors.cos_sin)
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv = tensors["qkv"]
             q_raw = qkv[:, : heads * dim].reshape(window, heads, dim)
@@ -98,7 +95,7 @@ class LayerBackward:
             [
                 dq_WHE.reshape(window, -1).to(dtype),
                 dk_WKE.reshape(window, -1).to(dtype),
-                inputs.dv_TKE[rows].reshape(window, -1).to(dtype),
+                inputs.kv.dv_TKE[rows].reshape(window, -1).to(dtype),
             ],
             dim=1,
         )
@@ -115,16 +112,7 @@ class LayerBackward:
         dy = dy.to(linear.dtype)
         dx = linear.input_grad(dy) if self._wants(x_name) else None
         for lora in self.adapters.parts(linear):
-            lora_backward(
-                dy[:, lora.part],
-                tensors[x_name],
-                lora.slot.a,
-                lora.slot.b,
-                1.0,  # the slot's B carries the scaling
-                lora.grad_a,
-                lora.grad_b,
-                dx,
-            )
+            lora_backward(dy[:, lora.part], tensors[x_name], lora.bypass, dx)
         return dx
 
     def _wants(self, tensor: str) -> bool:

@@ -48,6 +48,9 @@ class AttentionGeometry:
     # (block ids (n,)) -> K (n * N, K heads, E), V likewise: the cached tokens of those blocks
     read_kv: Callable[[Tensor], tuple[Tensor, Tensor]]
     block_size: int
+    # K and V of the whole cache, views (B, N, K heads, E), where the backward reads them in place
+    # by block table; None: they are gathered with `read_kv` once a layer
+    kv_pages: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,7 @@ from vllm_flexft.train.adapter import TrainableAdapter
 
 
 class AdapterOptimizer:
-    """torch.optim over one flat parameter; moments and masters are fp32.
-
-    `update` refuses non-finite gradients: masters and moments are then untouched.
-    """
+    """torch.optim over one flat parameter; moments and masters are fp32."""
 
     def __init__(self, adapter: TrainableAdapter, config: TrainingConfig) -> None:
         self.adapter, self.config = adapter, config
@@ -32,22 +29,25 @@ class AdapterOptimizer:
                 fused=True,
             )
         else:
-            self._optimizer = torch.optim.SGD([parameter], lr=0.0, weight_decay=config.weight_decay)
+            self._optimizer = torch.optim.SGD(
+                [parameter], lr=0.0, weight_decay=config.weight_decay, fused=True
+            )
         self._parameter = parameter
 
-    def update(self, learning_rate: float) -> float:
-        """Apply the accumulated gradients and clear them; returns their norm before clipping.
+    def update(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """Apply the accumulated gradients and clear them; returns their norm before clipping, 0-d.
 
-        Raises FloatingPointError, before anything is changed, when the norm is not finite.
+        Masters and moments stay untouched where the norm or `loss`, 0-d, is not finite. That is
+        decided on the device: nobody waits for it.
         """
         self.adapter.finish_gradients()
         grad = self.adapter.grad
-        norm = float(torch.linalg.vector_norm(grad))
-        if not norm < float("inf"):  # NaN compares false
-            raise FloatingPointError(f"gradient norm is {norm}")
+        norm = torch.linalg.vector_norm(grad)
+        # torch's fused optimizers read it, as torch.amp.GradScaler sets it.
+        self._optimizer.found_inf = (norm + loss).isfinite().logical_not().float()
         if self.config.max_grad_norm > 0:
             # torch.nn.utils.clip_grad_norm_'s formula
-            grad.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
+            grad.mul_((self.config.max_grad_norm / (norm.double() + 1e-6)).clamp_(max=1.0))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -68,7 +68,7 @@ class AdapterOptimizer:
         if not moments:
             return
         state = self._optimizer.state[self._parameter]
-        state["step"] = torch.tensor(float(steps_done))
+        state["step"] = torch.tensor(float(steps_done), device=self.adapter.master.device)
         for moment, named in moments.items():
             state[moment] = torch.zeros_like(self.adapter.master)
             self.adapter.flat_from_named(named, state[moment])

@@ -9,17 +9,16 @@ Start reading here. `docs/architecture.md` follows one sequence through it.
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from vllm_flexft.graph.grid import BackwardGrid
 from vllm_flexft.graph.job_memory import JobMemory, Lanes
 from vllm_flexft.graph.memory import MemoryPlan
 from vllm_flexft.plan import (
-    EvaluationLoss,
     MicroBatch,
     OpenJob,
     OptimizerStep,
@@ -37,17 +36,18 @@ from vllm_flexft.train.backward import MicroBatchBackward
 from vllm_flexft.train.layer import LayerBackward
 from vllm_flexft.train.model import LoraSlot, ServedModel
 from vllm_flexft.train.optimizer import AdapterOptimizer
+from vllm_flexft.train.results import Results
+from vllm_flexft.train.stream import BackwardStream, OneStream, lane_of, slot_of
 from vllm_flexft.train.working import WorkingBuffers
 
 logger = logging.getLogger("vllm.flexft")
 
-# Lines of metrics.jsonl that a checkpoint repeats (about 40 KB): another process writes the file,
-# and a crash may come before it has written the steps that the checkpoint holds.
-LOG_HISTORY = 200
-
 
 class Trainer:
     """One job in training on this rank.
+
+    What it queues on its stream it never waits for, but at a `SaveRequest`: losses and norms are
+    reported when they have come, on a GPU with a later step.
 
     After an error the trainer does nothing but report it, so that plans which were already under
     way cannot touch the adapter.
@@ -59,10 +59,12 @@ class Trainer:
         model: ServedModel,
         make_slots: Callable[[list[Target]], list[LoraSlot]],
         memory_bytes: float,
+        stream: BackwardStream | None = None,
     ) -> None:
         """`memory_bytes`: for activations, gradients and optimizer; raises ValueError with the
         number that would do where it is too little."""
         self.setup, self.model = setup, model
+        self._stream = stream or BackwardStream(OneStream())
         peft = setup.job.peft
         targets = targets_of(model, peft)
         self.adapter = TrainableAdapter(targets, make_slots(targets), peft, model.device)
@@ -78,16 +80,22 @@ class Trainer:
             model.device,
             offload=setup.activation_policy == "offload",
         )
-        self.working = WorkingBuffers(model.shape, lanes, setup.windows, model.dtype, model.device)
+        self.working = WorkingBuffers(
+            model.shape,
+            lanes,
+            setup.windows,
+            model.dtype,
+            model.device,
+            gathers_kv=any(layer.attention.kv_pages is None for layer in model.layers),
+        )
         self._layers = {
             index: LayerBackward.of(model.layers[index], self.adapter, needs)
             for index, needs in self.memory.needs.items()
         }
         self._micro_batches: dict[int, MicroBatchBackward] = {}
         self._writer = CheckpointWriter()
-        self._step_loss = 0.0  # of the optimizer step under way, mean over its targets
-        self._step_started = time.monotonic()
-        self._log_history: deque[dict[str, Any]] = deque(maxlen=LOG_HISTORY)
+        self._results = Results(setup.job_id, self._stream)
+        self._loss_sum: Tensor | None = None  # of the optimizer step under way, on the device
         self.error: str | None = None
 
     def _plan_memory(self, lanes: Lanes, memory_bytes: float) -> MemoryPlan:
@@ -125,47 +133,60 @@ class Trainer:
         """
         try:
             for batch in batches:
-                top = len(self.model.layers)
-                grid = BackwardGrid(
-                    num_tokens=batch.num_tokens,
-                    windows=self.setup.windows,
-                    num_layers=top,
-                    lowest_layer=self.adapter.lowest_layer if batch.train else top,
-                )
-                self._micro_batches[batch.id] = MicroBatchBackward(
-                    batch, grid, self.model, self._layers, self.store, self.working
-                )
+                self._begin(batch)
         except Exception as error:
             self.fail(error)
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """After the forward: backward slices, update, snapshot. Never raises: see `error`."""
-        if self.error is not None:
-            return self._failed(plan)
-        try:
-            evaluated = self._backward(plan)
-            loss = norm = None
-            if plan.optimizer_step is not None:
-                loss, norm = self._update(plan.optimizer_step)
-            if plan.save is not None:
-                self._save(plan.save)
-            return StepResult(
-                plan.job_id,
-                opened=plan.open_job is not None,
-                evaluated=evaluated,
-                updated_step=plan.optimizer_step.step if plan.optimizer_step else None,
-                loss=loss,
-                grad_norm=norm,
-                written=self._written(plan.wait_for_writer),
+    def _begin(self, batch: MicroBatch) -> None:
+        top = len(self.model.layers)
+        grid = BackwardGrid(
+            num_tokens=batch.num_tokens,
+            windows=self.setup.windows,
+            num_layers=top,
+            lowest_layer=self.adapter.lowest_layer if batch.train else top,
+        )
+        with self._stream.prepare():
+            self._micro_batches[batch.id] = MicroBatchBackward(
+                batch, grid, self.model, self._layers, self.store, self.working
             )
-        except Exception as error:  # the engine must outlive any finetuning failure
-            self.fail(error)
-        return self._failed(plan)
 
-    def _failed(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> list[StepResult]:
+        """After the forward: backward slices, update, snapshot. Never raises: see `error`."""
+        if self.error is None:
+            try:
+                if plan.backward or plan.optimizer_step is not None:
+                    with self._stream.work() as shared:
+                        self._backward(plan, shared)
+                        if plan.optimizer_step is not None:
+                            shared.add(slot_of(self.setup.job_id))
+                            self._update(plan.optimizer_step)
+                if plan.save is not None:
+                    self._save(plan.save)
+                written = self._written(plan.wait_for_writer)
+                return self._results.report(opened=plan.open_job is not None, written=written)
+            except Exception as error:  # the engine must outlive any finetuning failure
+                self.fail(error)
+        return [self._failed()]
+
+    @property
+    def awaiting(self) -> bool:
+        """Whether results of earlier steps are still to come."""
+        return self._results.awaiting and self.error is None
+
+    def poll(self, *, wait: bool) -> list[StepResult]:
+        """In a step without a plan: what has come, or all. Never raises: see `error`."""
+        try:
+            self._results.settle(wait=wait)
+            return self._results.report(opened=False, written=())
+        except Exception as error:
+            self.fail(error)
+        return [self._failed()]
+
+    def _failed(self) -> StepResult:
         """With what was written before the failure: it is sound, and worth serving."""
         sound = [result for result in self._writer.poll() if result.error is None]
-        return StepResult(plan.job_id, error=self.error, written=tuple(map(_written, sound)))
+        written = tuple(map(_written, sound))
+        return StepResult(self.setup.job_id, error=self.error, written=written)
 
     def fail(self, error: Exception) -> None:
         """Stop training for good; the first error is the one that is reported."""
@@ -179,53 +200,38 @@ class Trainer:
 
     def close(self) -> None:
         """What is being written is finished by the writer's thread; requests do not wait for it."""
+        self._stream.drain()
         self._writer.close(timeout=0.0)
 
-    def _backward(self, plan: StepPlan) -> tuple[EvaluationLoss, ...]:
-        """Run the plan's slices; adds up the step's loss, returns those of evaluations."""
-        evaluated = []
+    def _backward(self, plan: StepPlan, shared: set[Hashable]) -> None:
+        """Run the plan's slices; what they read goes into `shared`."""
         for work in plan.backward:
             micro_batch = self._micro_batches[work.micro_batch]
+            batch = micro_batch.batch
             if work.block_ids is not None:
                 micro_batch.locate_kv(work.block_ids)
+            shared.add(lane_of(self.setup.job_id, batch.lane))
+            shared |= micro_batch.kv_blocks
             micro_batch.run(work.count)
             if micro_batch.done:
                 del self._micro_batches[work.micro_batch]
-                loss = float(micro_batch.loss_sum)
-                if not abs(loss) < float("inf"):
-                    raise FloatingPointError(f"loss is {loss}")
-                if micro_batch.batch.train:
-                    self._step_loss += loss * micro_batch.batch.loss_scale
-                else:
-                    correct = int(micro_batch.num_correct)
-                    evaluated.append(EvaluationLoss(work.micro_batch, loss, correct))
-        return tuple(evaluated)
+                loss, before = micro_batch.loss_sum, self._loss_sum
+                self._results.expect(batch, loss, micro_batch.num_correct)
+                if batch.train:
+                    self._loss_sum = loss if before is None else before + loss
 
-    def _update(self, step: OptimizerStep) -> tuple[float, float]:
-        """The step's loss and gradient norm."""
-        norm, loss = self.optimizer.update(step.learning_rate), self._step_loss
-        now = time.monotonic()
-        self._log_history.append(
-            {
-                "step": step.step + 1,
-                "epoch": step.epoch,
-                "loss": loss,
-                "learning_rate": step.learning_rate,
-                "grad_norm": norm,
-                "num_tokens": step.num_tokens,
-                "num_input_tokens": step.num_input_tokens,
-                "tokens_per_second": step.step_input_tokens / (now - self._step_started),
-                "time": time.time(),
-            }
-        )
-        self._step_loss, self._step_started = 0.0, now
-        return loss, norm
+    def _update(self, step: OptimizerStep) -> None:
+        assert self._loss_sum is not None, "an update without a micro-batch"
+        norm = self.optimizer.update(step.learning_rate, self._loss_sum)
+        self._loss_sum = None
+        self._results.expect(step, norm)
 
     def _save(self, request: SaveRequest) -> None:
         """Hand the state to the writer, which copies it; its thread writes while training goes on.
 
-        Raises FloatingPointError where the last update overflowed: that must not be published.
+        Raises FloatingPointError where an update overflowed: that must not be published.
         """
+        self._results.settle(wait=True)  # of the last update too: the masters are at rest
         if not bool(self.adapter.master.isfinite().all()):
             raise FloatingPointError(f"adapter weights after step {request.step} are not finite")
         state = TrainState(
@@ -233,7 +239,7 @@ class Trainer:
             adapter=self.adapter.state(),
             optimizer=self.optimizer.state(),
             counters=request.counters,
-            log_history=[*self._log_history, *request.evaluations],
+            log_history=[*self._results.log_history, *request.evaluations],
         )
         job = self.setup.job
         kinds: list[Literal["checkpoint", "final"]] = ["checkpoint"]

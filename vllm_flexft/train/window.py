@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexft_kernels.attention import attention_varlen
+from flexft_kernels.attention import KeysValues, Segment, attention_varlen
 from flexft_kernels.ops import apply_rope
 from flexft_kernels.rms_norm import rms_norm
 from flexft_kernels.silu_mul import silu_mul
@@ -20,12 +20,9 @@ class LayerInputs:
 
     kept: dict[str, Tensor]  # name -> (W, width); lacks what the plan recomputes
     positions: Tensor  # (W,) position of each token in its sequence
-    segments: list[tuple[int, int, int, int]]  # (row start, row stop, key start, q start)
+    segments: list[Segment]
     start: int  # first token of the window in the micro-batch
-    k_TKE: Tensor
-    v_TKE: Tensor
-    dk_TKE: Tensor  # fp32, accumulated over the layer's windows
-    dv_TKE: Tensor
+    kv: KeysValues  # of those sequences; gradients accumulate over the layer's windows
 
 
 class LayerForward:
@@ -78,8 +75,7 @@ class WindowTensors:
         geometry, inputs = self._layer.attention, self._inputs
         out_WHE = attention_varlen(
             self["q"],
-            inputs.k_TKE,
-            inputs.v_TKE,
+            inputs.kv,
             inputs.segments,
             scale=geometry.scale,
             sliding_window=geometry.sliding_window,

@@ -24,12 +24,15 @@ class WorkingBuffers:
         windows: Windows,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        gathers_kv: bool = True,
     ) -> None:
+        """`gathers_kv`: keys and values of a layer are copied out of the cache."""
         heads = (2, lanes.tokens, shape.num_kv_heads, shape.head_dim)
         self._d_residual = torch.empty(
             lanes.count, lanes.tokens, shape.hidden_size, dtype=torch.float32, device=device
         )
-        self._kv = torch.empty(heads, dtype=dtype, device=device)
+        self._kv = torch.empty(heads if gathers_kv else 0, dtype=dtype, device=device)
         self._kv_grads = torch.empty(heads, dtype=torch.float32, device=device)
         # (rows, V): of a window of the loss
         rows = logits_rows(windows)
