@@ -10,7 +10,7 @@ import torch
 from harness.gradients import Case, Row, tokens_of
 from harness.peft_reference import PeftTrainer
 
-from vllm_flexft.runner.kv_reader import _read_rows, kv_reader_for
+from vllm_flexft.runner.kv_reader import CPU_LAYOUTS, _read_rows, kv_reader_for
 
 # 35 to 350 tokens, written in uneven chunks: partial blocks, several blocks, several sequences.
 CASE = Case(
@@ -72,6 +72,27 @@ def keys_and_values(bench: Any, dtype: torch.dtype) -> list[tuple[torch.Tensor, 
     ]
 
 
+@pytest.mark.parametrize("isa", CPU_LAYOUTS)
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(2, 32, 64), (3, 128, 128), (1, 96, 32)])
+def test_what_vllms_own_kernel_wrote_is_read_back_exactly(isa, heads, tokens, dim):
+    from vllm import _custom_ops as ops
+
+    if isa == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has no AMX")
+    draw = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if isa == "amx" else torch.float32
+    length = tokens + tokens // 2 + 5
+    key, value = (torch.randn(length, heads, dim, generator=draw).to(dtype) for _ in range(2))
+    cache = torch.zeros(5, heads, tokens, 2 * dim, dtype=dtype)
+    halves = cache.view(5, heads, 2 * tokens, dim).chunk(2, dim=2)
+    block_ids = torch.tensor([3, 1])
+    slots = (block_ids[:, None] * tokens + torch.arange(tokens)).flatten()[:length]
+    ops.cpu_attn_reshape_and_cache(key, value, *halves, slots, isa)
+    k, v = CPU_LAYOUTS[isa](cache, block_ids)
+    assert torch.equal(k[:length], key)
+    assert torch.equal(v[:length], value)
+
+
 def test_rows_of_a_cache_with_keys_beside_values_come_in_block_order():
     """The logical view of vLLM's CUDA backends: (blocks, heads, tokens, 2 x head dim)."""
     blocks, heads, tokens, dim = 5, 3, 4, 2
@@ -89,6 +110,6 @@ def test_a_quantised_cache_is_refused_with_the_flag_to_set():
 
 
 def test_an_unknown_cpu_layout_is_refused_with_the_known_ones():
-    attention = SimpleNamespace(kv_cache_dtype="auto", kv_cache=torch.empty(0), isa="amx")
-    with pytest.raises(ValueError, match=r"'amx'.*vec, vec16"):
+    attention = SimpleNamespace(kv_cache_dtype="auto", kv_cache=torch.empty(0), isa="neon")
+    with pytest.raises(ValueError, match=r"'neon'.*vec, vec16, amx"):
         kv_reader_for(attention)

@@ -27,12 +27,12 @@ def kv_reader_for(attention: Any) -> KVReader:
     if attention.kv_cache.device.type != "cpu":
         return lambda block_ids: _read_rows(attention.kv_cache, block_ids)
     isa = getattr(attention, "isa", None)
-    if isa not in ("vec", "vec16"):
+    if (read := CPU_LAYOUTS.get(isa)) is None:
         raise ValueError(
             f"the KV cache layout of vLLM's CPU attention '{isa}' is not readable yet; "
-            "supported: vec, vec16"
+            f"supported: {', '.join(CPU_LAYOUTS)}"
         )
-    return lambda block_ids: _read_cpu_vec(attention.kv_cache, block_ids)
+    return lambda block_ids: read(attention.kv_cache, block_ids)
 
 
 def kv_pages_for(attention: Any) -> KVPages | None:
@@ -59,12 +59,33 @@ def _read_rows(kv_BKNE2: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_cpu_vec(kv_BKN2E: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """vLLM's CPU cache: of each block and head the first N*E numbers are K, stored (E, N); the
-    next N*E are V, stored (N, E)."""
+    """Of each block and head K is stored (E, N), V is stored (N, E)."""
+    k_nKX, v_nKX, tokens, dim = _halves(kv_BKN2E, block_ids)
+    heads = k_nKX.shape[1]
+    k = k_nKX.view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
+    v = v_nKX.view(-1, heads, tokens, dim).permute(0, 2, 1, 3)
+    return k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+
+
+def _read_cpu_amx(kv_BKN2E: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As the tiles of AMX multiply them, 16 columns of pairs along the inner dimension: K is stored
+    (N / 16, E / 2, 16, 2), its pairs along E; V is stored (E / 16, N / 2, 16, 2), its pairs along
+    N."""
+    k_nKX, v_nKX, tokens, dim = _halves(kv_BKN2E, block_ids)
+    heads = k_nKX.shape[1]
+    k = k_nKX.view(-1, heads, tokens // 16, dim // 2, 16, 2).permute(0, 2, 4, 1, 3, 5)
+    v = v_nKX.view(-1, heads, dim // 16, tokens // 2, 16, 2).permute(0, 3, 5, 1, 2, 4)
+    return k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+
+
+def _halves(kv_BKN2E: Tensor, block_ids: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """K and V of the blocks as vLLM's CPU cache holds them, each (n, K, N * E): of each block and
+    head first all of K, then all of V; and N, E."""
     blocks, heads, tokens, double = kv_BKN2E.shape
     dim = double // 2
-    halves = kv_BKN2E.view(blocks, heads, 2, tokens * dim)
-    picked = halves[block_ids]  # (n, K, 2, N * E)
-    k = picked[:, :, 0].view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
-    v = picked[:, :, 1].view(-1, heads, tokens, dim).permute(0, 2, 1, 3)
-    return k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+    picked = kv_BKN2E.view(blocks, heads, 2, tokens * dim)[block_ids]
+    return picked[:, :, 0], picked[:, :, 1], tokens, dim
+
+
+# By the instruction set that vLLM's CPU attention uses.
+CPU_LAYOUTS = {"vec": _read_cpu_vec, "vec16": _read_cpu_vec, "amx": _read_cpu_amx}
