@@ -55,6 +55,16 @@ def _not_about_our_scheduler(record: logging.LogRecord) -> bool:
     return record.args not in ((SCHEDULER,), (ASYNC_SCHEDULER,))
 
 
+def install_config_patches() -> None:
+    """Patches that a co-serving engine's config is built with. CPU: LoRA keeps the compiler on."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from flexft_patches import cpu_compile
+
+        cpu_compile.install()
+
+
 def install_worker_patches() -> None:
     """Patches that a co-serving worker needs before it loads the model.
 
@@ -165,6 +175,7 @@ def build_engine_config(
         max_rank=engine_args.max_lora_rank if explicit else None,
         reserved_names=[names] if isinstance(names, str) else names,
     )
+    install_config_patches()
     with _Overridden(engine_args, **_lora_and_worker(engine_args, carried)):
         vllm_config = create()
     support.check_engine_config(vllm_config)

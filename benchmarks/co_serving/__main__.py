@@ -36,6 +36,7 @@ from benchmarks.co_serving.client import Answer, Replay
 from benchmarks.co_serving.measures import Result, Slo, Window, finetune_tps, summarise
 from benchmarks.co_serving.processes import (
     SERVED,
+    Cores,
     InferenceServer,
     Trainer,
     job_like_the_trainers,
@@ -75,8 +76,8 @@ class Run:
     ) -> None:
         self.arguments, self.work, self._stack = arguments, work, stack
         self.times = QUICK if arguments.quick else FULL
-        self.cores = sorted(os.sched_getaffinity(0))
-        self.threads = arguments.threads or len(self.cores)
+        self.cores = Cores.of(sorted(os.sched_getaffinity(0)))
+        os.sched_setaffinity(0, self.cores.host)
         self.trace = read_traces(arguments.data_dir)
         self.model, self.rows = arguments.model, work / "rows.jsonl"
         if self.model is None:
@@ -89,18 +90,17 @@ class Run:
 
     # ---- processes
 
-    def server(self, name: str, threads: int, *options: str) -> InferenceServer:
+    def server(self, name: str, *options: str) -> InferenceServer:
         log = self.work / f"{name}.log"
         if self.arguments.quick:
             options = ("--enforce-eager", *options)  # compiling takes a minute
-        server = InferenceServer(self.model, log, threads=threads, options=options)
+        server = InferenceServer(self.model, log, cores=self.cores, options=options)
         self._stack.enter_context(server)
         return server
 
-    def trainer(self, name: str, threads: int, **options: Any) -> Trainer:
-        trainer = Trainer(
-            self.model, self.rows, self.work / f"{name}.jsonl", threads=threads, **options
-        )
+    def trainer(self, name: str, **options: Any) -> Trainer:
+        log = self.work / f"{name}.jsonl"
+        trainer = Trainer(self.model, self.rows, log, cores=self.cores.device, **options)
         self._stack.callback(trainer.close)
         return trainer
 
@@ -117,7 +117,6 @@ class Run:
         }
         server = self.server(
             "co_serving",
-            self.threads,
             "--co-finetune-config",
             json.dumps(options),
             "--co-finetune",
@@ -197,20 +196,12 @@ class Run:
     # ---- the run
 
     async def run(self) -> dict[str, Any]:
-        cores, half = self.cores, max(1, len(self.cores) // 2)
-        plain = self.server("plain", self.threads)
-        split = self.server("split", half)
-        for server in (plain, split):
-            server.wait_until_ready()
-        split.bind(cores[:half])
-        trainer = self.trainer("trainer", self.threads)
+        plain = self.server("plain")
+        plain.wait_until_ready()
+        trainer = self.trainer("trainer")
         micro_batch = trainer.ready()
-        niced = self.trainer("niced", self.threads, micro_batch=micro_batch, nice=True)
-        other_half = self.trainer(
-            "half", max(1, len(cores) - half), micro_batch=micro_batch, cores=cores[half:] or cores
-        )
-        for process in (other_half, niced):  # a niced one waits for any other
-            process.ready()
+        niced = self.trainer("niced", micro_batch=micro_batch, nice=True)
+        niced.ready()
         alone = await self.trainer_alone(trainer)
         unloaded = await calibrate.unloaded(self.replay(plain), stretch(self.trace, 1.0, PROBES))
         at_once = stretch(self.trace, 1.0, self.times.capacity_requests, skip=100)
@@ -219,7 +210,6 @@ class Run:
         only = systems.inference_only(plain)
         heavy, window = await self.under(only, "heavy", rates["heavy"], self.times.main)
         slo = calibrate.objectives(heavy, window)
-        await self.replay(split).one_by_one(stretch(self.trace, 1.0, 3))  # warm
         print(
             f"trainer alone {alone:.0f} tokens/s (micro-batch {micro_batch}); capacity "
             f"{capacity:.2f} requests/s; objectives {slo.tpot_s * 1e3:.0f} ms a token, "
@@ -233,7 +223,6 @@ class Run:
             systems.temporal_when_idle(plain, trainer),
             systems.spatial("spatial", plain, trainer),
             systems.spatial("spatial_nice", plain, niced),
-            systems.spatial("spatial_split", split, other_half),
         ]
         print(report.HEADER, flush=True)
         results: dict[str, dict[str, Result]] = {}
@@ -271,7 +260,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("VLLM_FLEXFT_DATA"))
     parser.add_argument("--model", type=Path, help="default: one of 121 M parameters is made")
     parser.add_argument("--quick", action="store_true", help="tiny model, short phases: a trial")
-    parser.add_argument("--threads", type=int, help="of every engine and trainer; default: cores")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--work", type=Path, help="keep logs here")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,40 @@ MODEL_OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-se
 SERVED = "base"
 
 
+@dataclass(frozen=True)
+class Cores:
+    """Who computes where: what a GPU and its host are elsewhere.
+
+    Args:
+        device: of the model's forward and of training, one thread each.
+        host: of the API server, the engine core and the client. vLLM reserves a core for these
+            by itself, since the engine core polls: beside it on one core no step has a steady
+            time.
+    """
+
+    device: tuple[int, ...]
+    host: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cores: Sequence[int]) -> Cores:
+        return cls(tuple(cores[:-1] or cores), tuple(cores[-1:]))
+
+
 class InferenceServer(Server):
-    """`vllm serve` with `threads` compute threads, on `cores` where they are given."""
+    """`vllm serve`, its worker on `cores.device`."""
 
     def __init__(
-        self, model: Path, log: Path, *, threads: int, options: Sequence[str] = ()
+        self, model: Path, log: Path, *, cores: Cores, options: Sequence[str] = ()
     ) -> None:
+        self._cores = cores
         port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         command += [*MODEL_OPTIONS, "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
         command += ["--served-model-name", SERVED, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--no-enable-log-requests", "--disable-uvicorn-access-log", *options]
         environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(len(cores.device)),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores.device)),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # /pause and /resume
             "VLLM_LOGGING_LEVEL": "INFO",
@@ -62,11 +83,16 @@ class InferenceServer(Server):
     def resume(self) -> None:
         httpx.post(f"{self.url}/resume", timeout=60).raise_for_status()
 
-    def bind(self, cores: Sequence[int]) -> None:
-        """Keep the engine on `cores`; the API server may use any."""
-        for process in self.engine():
-            for thread in _threads(process.pid):
-                os.sched_setaffinity(thread, cores)
+    def wait_until_ready(self) -> None:
+        super().wait_until_ready()
+        server = psutil.Process(self._process.pid)
+        for process in (server, *self.engine()):
+            works = any("Worker" in word for word in process.cmdline())
+            for thread in process.threads():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(
+                        thread.id, self._cores.device if works else self._cores.host
+                    )
 
 
 class Trainer:
@@ -78,13 +104,12 @@ class Trainer:
         rows: Path,
         log: Path,
         *,
-        threads: int,
+        cores: Sequence[int],
         micro_batch: int | None = None,
         nice: bool = False,
-        cores: Sequence[int] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "benchmarks.co_serving.trainer"]
-        command += [str(model), str(rows), str(log), "--threads", str(threads)]
+        command += [str(model), str(rows), str(log), "--threads", str(len(cores))]
         if micro_batch is not None:
             command += ["--micro-batch", str(micro_batch)]
         self.log, self._errors = log, log.with_suffix(".err")
@@ -93,13 +118,12 @@ class Trainer:
         def prepare() -> None:
             if nice:
                 os.nice(NICE)
-            if cores is not None:
-                os.sched_setaffinity(0, cores)
+            os.sched_setaffinity(0, cores)
 
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 preexec_fn=prepare,
@@ -158,7 +182,3 @@ def job_updates(output_dir: Path) -> list[Update]:
             found.append(Update(step["time"], step["num_input_tokens"] - before))
             before = step["num_input_tokens"]
     return found
-
-
-def _threads(pid: int) -> list[int]:
-    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]

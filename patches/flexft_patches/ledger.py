@@ -17,6 +17,7 @@ _MODULES = (
     "engine_loop",
     "punica_cpu",
     "cpu_weights",
+    "cpu_compile",
 )
 _MARK = "__flexft_patch__"
 

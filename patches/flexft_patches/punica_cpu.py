@@ -139,6 +139,8 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
             output_slices: N of each slice.
             buffer: unused; the intermediate x A^T has the dtype of x.
         """
+        if torch.compiler.is_compiling():
+            return  # see cpu_compile.py
         self._add(self._token_segments, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def add_lora_logits(
@@ -178,6 +180,8 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
             lora_b_stacked: shape (slots, 1, D, max rank).
             add_inputs: False writes the term to the rows of y in place of adding it.
         """
+        if torch.compiler.is_compiling():
+            return
         for start, end, slot in self._token_segments:
             rows = y[start:end]
             if not add_inputs:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
@@ -95,6 +96,9 @@ class CoServeRunnerMixin(_RunnerBase):
         return bool(self._plans) or any(job.trainer.awaiting for job in self._jobs.values())
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type == "cpu" and self.input_batch.lora_id_to_lora_request:
+            # On CPU the compiled model has no adapters: flexft_patches/cpu_compile.py.
+            get_forward_context().skip_compiled = True
         self._capture_chunks()
         return super()._model_forward(*args, **kwargs)
 

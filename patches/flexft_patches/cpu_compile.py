@@ -1,0 +1,47 @@
+"""Patch of `CpuPlatform.check_and_update_config`: a CPU model that may have adapters is compiled.
+
+vLLM compiles no model on CPU once LoRA is enabled, since the stock LoRA layers cannot be traced:
+each decode step then takes a quarter longer, whether or not any row has an adapter. Here the model
+is compiled as it is without adapters (`punica_cpu.py` adds nothing while it is traced), and the
+runner takes the compiled one for the steps in which no row has one (`vllm_flexft/runner/hook.py`).
+Both run vLLM's own kernels for norms, activations and rotations, so that a request's tokens do not
+depend on which of the two a step was.
+"""
+
+import functools
+from typing import Any
+
+from flexft_patches.ledger import Patch, is_patched, mark
+
+PATCH = Patch(
+    target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+    sha256="d2960ad5d183676793d6988a9a4ed50175d18dbf8baf70fc01f686d50887a0df",
+    relies_on=(
+        (
+            "vllm.compilation.decorators:_support_torch_compile",
+            "3b52e0e3689d4f1b0f490e50b1b0d79ec244e99302938964f86ad73457e50055",
+        ),
+    ),
+)
+
+
+def install() -> None:
+    """Have configs that are built from now on keep the compilation mode. Idempotent."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+    if is_patched(original):
+        return
+
+    @functools.wraps(original.__func__)
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+        chosen = vllm_config.compilation_config.custom_ops
+        if lora_config is not None and not {"all", "none"} & set(chosen):
+            chosen.append("all")
+
+    CpuPlatform.check_and_update_config = classmethod(mark(check_and_update_config))
