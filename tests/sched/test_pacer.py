@@ -98,7 +98,9 @@ def test_work_that_is_thought_too_long_is_tried_now_and_then():
     server = new()
     for _ in range(200):
         server.step(DECODE)
-    server.pacer.model._theta[Feature.CHUNK] *= 4
+    state = server.pacer.model.state()
+    state["theta"][Feature.CHUNK] *= 4
+    server.pacer.model.restore(state)
     price = server.pacer.model.prices()[Feature.CHUNK]
     server.pacer.objectives = Objectives((0.0135 + 8 * price) / 0.9)  # half a smallest chunk
     tokens = [server.step(DECODE)[1] for _ in range(8000)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from harness.plant import PRIOR, Plant
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_flexft.sched.latency import Feature, LatencyModel
 from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow
-from vllm_flexft.sched.room import SLICE_FEATURES, Room
+from vllm_flexft.sched.room import Room
 
 FIXED = settings(derandomize=True, max_examples=150, deadline=None)
 MODEL = LatencyModel(PRIOR)
@@ -24,6 +27,8 @@ AMOUNTS = np.zeros((37, 3))
 AMOUNTS[1:5, 0] = 40
 AMOUNTS[5:, 1], AMOUNTS[5:, 2] = 64, 64 * 100
 CUMULATIVE = np.cumsum(AMOUNTS, axis=0)
+SLICES: Any = SimpleNamespace(num_slices=36, before=lambda slices: CUMULATIVE[slices].tolist())
+SLICE_FEATURES = slice(Feature.LOSS, Feature.UPDATE)
 
 
 def make(seconds: float, *, credit: float = 0.0, idle: bool = False, rows: int = 8) -> Room:
@@ -54,15 +59,13 @@ def test_no_plan_exceeds_what_the_model_allows(
     """Whatever is asked for in whatever order, the bound of the whole step keeps the objective,
     and what requests have saved of it."""
     budget = allow(load, Objectives(tpot_s=tpot_s), MODEL, due_s=due_s)
-    room = Room(
-        budget, MODEL.prices(), tokens=2000, rows=8, load=load.features(), bound=MODEL.upper
-    )
+    room = Room(budget, MODEL.costs.prices, tokens=2000, rows=8, estimate=budget.estimate)
     for kind, first, second in pieces:
         if kind == "chunk":
             if tokens := room.fit_chunk(first, second, min(16, second)):
                 room.take_chunk(first, tokens)
         elif kind == "slices":
-            room.fit_slices(CUMULATIVE, first)
+            room.fit_slices(SLICES, first)
         else:
             room.fit_parameters(Feature.UPDATE, first)
     _, bound = MODEL.predict(load.features() + room.features)
@@ -73,30 +76,30 @@ def test_no_plan_exceeds_what_the_model_allows(
 
 def test_as_many_slices_fit_as_the_room_holds():
     room = make(cost(0) * 4 + cost(4) * 2.5)
-    assert room.fit_slices(CUMULATIVE, 0) == 6
+    assert room.fit_slices(SLICES, 0) == 6
     assert room.features[SLICE_FEATURES].tolist() == [160, 128, 12800]
-    assert room.fit_slices(CUMULATIVE, 6) == 0
+    assert room.fit_slices(SLICES, 6) == 0
     assert "slice" in room.lacking
 
 
 def test_a_slice_longer_than_the_room_runs_on_credit_and_alone():
-    assert make(0.6 * cost(4)).fit_slices(CUMULATIVE, 4) == 0
+    assert make(0.6 * cost(4)).fit_slices(SLICES, 4) == 0
     room = make(0.6 * cost(4), credit=0.5 * cost(4))
-    assert room.fit_slices(CUMULATIVE, 4) == 1
-    assert room.fit_slices(CUMULATIVE, 5) == 0
+    assert room.fit_slices(SLICES, 4) == 1
+    assert room.fit_slices(SLICES, 5) == 0
     busy = make(0.9 * cost(4), credit=cost(4))
     busy.take_chunk(0, 16)
-    assert busy.fit_slices(CUMULATIVE, 4) == 0
+    assert busy.fit_slices(SLICES, 4) == 0
 
 
 def test_without_room_credit_buys_nothing():
-    assert make(0.0, credit=1.0).fit_slices(CUMULATIVE, 4) == 0
+    assert make(0.0, credit=1.0).fit_slices(SLICES, 4) == 0
 
 
 def test_an_idle_step_runs_one_piece_of_any_length():
     room = make(1e-6, idle=True)
-    assert room.fit_slices(CUMULATIVE, 0) == 1
-    assert room.fit_slices(CUMULATIVE, 1) == 0
+    assert room.fit_slices(SLICES, 0) == 1
+    assert room.fit_slices(SLICES, 1) == 0
     assert make(1e-6, idle=True).fit_chunk(0, 500, 16) == 16
     assert make(1e-6, idle=True).fit_parameters(Feature.UPDATE, 10**9)
 
@@ -105,9 +108,7 @@ def test_charging_by_the_bound_leaves_room_for_more_than_prices_do():
     load = StepLoad(decode_rows=8, context=4000)
     budget = allow(load, Objectives(tpot_s=0.1), MODEL)
     by_price = Room(budget, MODEL.prices(), tokens=2000, rows=8)
-    by_bound = Room(
-        budget, MODEL.prices(), tokens=2000, rows=8, load=load.features(), bound=MODEL.upper
-    )
+    by_bound = Room(budget, MODEL.prices(), tokens=2000, rows=8, estimate=budget.estimate)
     assert by_bound.fit_chunk(100, 1000, 16) > by_price.fit_chunk(100, 1000, 16)
 
 

@@ -14,20 +14,26 @@ the residuals, which the stalls of a shared machine do not move. Upper bounds ar
 number of standard deviations that held for `COVERAGE` of recent steps (Gibbs & Candes 2021,
 https://arxiv.org/abs/2106.00170).
 
-No clock, no I/O, no vLLM: time comes in as a number. `predict` and `observe` take some ten
-microseconds each.
+Plain floats, not numpy: the caches are cold whenever a step is learnt, and the code that numpy runs
+for two dozen small operations takes longer to come in than this takes to run.
+
+No clock, no I/O, no vLLM: time comes in as a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_flexft.sched.step_estimate import JITTER_S, Costs, StepEstimate, dot, product
+
 Vector = npt.NDArray[np.float64]
+Amounts = Vector | Sequence[float]  # of each Feature
 
 
 class Feature(IntEnum):
@@ -67,7 +73,6 @@ COVERAGE_RATE = 0.05  # of the conformal bound
 NOISE_RATE = 0.05  # of the noise estimate: 20 steps
 NOISE_RANGE = (0.01, 0.5)  # relative
 BOUND_RANGE = (1.0, 6.0)  # standard deviations
-JITTER_S = 50e-6  # of any step, whatever its length
 RESTORE_SD = 0.2  # of the machine's speed against that of an earlier run
 MIN_VARIANCE = 1e-10  # of a cost, relative: rounding must not make P indefinite
 MAX_RATIO = 1e6  # of a cost and its prior
@@ -76,50 +81,55 @@ FLOOR = 0.02  # of a cost against the machine's speed: nothing is free
 
 
 class LatencyModel:
-    """`features` are float64 vectors of NUM_FEATURES amounts, indexed by `Feature`."""
+    """`features` are NUM_FEATURES amounts, indexed by `Feature`."""
 
     def __init__(self, prior: Vector) -> None:
         """`prior`: seconds a unit of each feature; only their ratios matter after a few steps."""
         assert prior.shape == (NUM_FEATURES,)
         assert (prior > 0).all(), prior
-        self.prior = prior.astype(np.float64)
+        self._prior: list[float] = prior.tolist()
         self.num_observed = 0
-        self._first: list[tuple[Vector, float]] = []  # steps by which the prior is scaled
-        self._theta = np.empty(NUM_FEATURES)
-        self._p = np.empty((NUM_FEATURES, NUM_FEATURES))
+        self._first: list[tuple[list[float], float]] = []  # steps by which the prior is scaled
         self._reset()
-        self._x, self._gain, self._scratch = (np.empty(NUM_FEATURES) for _ in range(3))
-        self._square = np.empty((NUM_FEATURES, NUM_FEATURES))
-        self._diagonal = np.einsum("ii->i", self._p)  # a view
 
     def _reset(self) -> None:
-        self._theta[:] = 1.0
-        self._p[:] = COMMON_SD**2
-        self._p += np.diag(FEATURE_SD**2)
+        self._theta = [1.0] * NUM_FEATURES
+        self._p: list[list[float]] = (np.diag(FEATURE_SD**2) + COMMON_SD**2).tolist()
         self._noise = 0.1  # relative standard deviation of a step's time
         self._bound = 2.0  # standard deviations
         self._speed = 1.0  # seconds against the prior's
         self._run = 0  # clipped innovations in a row; negative: too long a prediction
+        self._costs: Costs | None = None
 
     # ---- prediction
 
-    def mean(self, features: Vector) -> float:
+    @property
+    def prior(self) -> Vector:
+        return np.array(self._prior)
+
+    @property
+    def costs(self) -> Costs:
+        """What is known by now."""
+        if self._costs is None:
+            self._costs = Costs(self._prior, self._theta, self._p, self._noise, self._bound)
+        return self._costs
+
+    def estimate(self, features: Amounts) -> StepEstimate:
+        """Of a step with these amounts, to which more may be added."""
+        return StepEstimate(self.costs, [(i, float(a)) for i, a in enumerate(features) if a])
+
+    def mean(self, features: Amounts) -> float:
         """Expected seconds of a step."""
-        np.multiply(features, self.prior, out=self._x)
-        return float(self._theta.dot(self._x))
+        return self.estimate(features).mean
 
-    def predict(self, features: Vector) -> tuple[float, float]:
+    def predict(self, features: Amounts) -> tuple[float, float]:
         """Expected seconds and their upper bound."""
-        mean = self.mean(features)
-        return mean, mean + self._bound * self._variance(mean) ** 0.5
-
-    def upper(self, features: Vector) -> float:
-        """Upper bound of the seconds of a step."""
-        return self.predict(features)[1]
+        estimate = self.estimate(features)
+        return estimate.mean, estimate.upper
 
     def expected_prices(self) -> Vector:
         """Seconds that one more unit of each feature adds on average."""
-        return self._theta * self.prior
+        return np.array(self._theta) * self.prior
 
     def prices(self, optimistic: bool = False) -> Vector:
         """Seconds that one more unit of each feature adds at most: for any amounts a and b
@@ -130,29 +140,26 @@ class LatencyModel:
         so that of a sum is at most the sum of those of its parts.
         """
         if optimistic:
-            low: Vector = self._theta - self._bound * np.sqrt(self._diagonal)
-            return np.maximum(low, OPTIMISM * self._theta) * self.prior
-        price: Vector = np.sqrt(self._diagonal)
-        price *= self._bound
-        np.multiply(self._theta, 1.0 + self._bound * self._noise, out=self._scratch)
-        price += self._scratch
-        price *= self.prior
-        return price
+            theta = np.array(self._theta)
+            low = theta - self._bound * np.sqrt(np.diag(self._p))
+            return np.maximum(low, OPTIMISM * theta) * self.prior
+        return np.array(self.costs.prices)
 
     # ---- learning
 
-    def observe(self, features: Vector, seconds: float) -> None:
+    def observe(self, features: Amounts, seconds: float) -> None:
         """Learn from a step that took so long."""
-        mean = self.mean(features)
+        x = [float(a) * c for a, c in zip(features, self._prior, strict=True)]
+        mean = dot(self._theta, x)
         if mean < MIN_S or not 0.0 < seconds < float("inf"):
             return  # an empty step, or no time
         self.num_observed += 1
         if self.num_observed <= SCALING_STEPS:
-            self._first.append((features.copy(), seconds))
+            self._first.append(([float(a) for a in features], seconds))
         if self.num_observed == SCALING_STEPS:
             self._scale_prior()
             return
-        self._learn(seconds, mean)
+        self._learn(x, seconds, mean)
 
     def _scale_prior(self) -> None:
         """How fast the machine is, by the first steps, and then what they say of each cost.
@@ -160,64 +167,65 @@ class LatencyModel:
         P is relative to the prior: were that ten times too slow, it would leave costs that were not
         seen yet so uncertain that nothing of their kind ever fits a step.
         """
-        self.prior *= np.median([took / float(f @ self.prior) for f, took in self._first])
+        slowness = statistics.median(took / dot(f, self._prior) for f, took in self._first)
+        self._prior = [slowness * cost for cost in self._prior]
         self._reset()
         for features, seconds in self._first:
-            self._learn(seconds, self.mean(features))
+            x = [a * cost for a, cost in zip(features, self._prior, strict=True)]
+            self._learn(x, seconds, dot(self._theta, x))
         self._first.clear()
 
-    def _learn(self, seconds: float, mean: float) -> None:
-        """From the step with the amounts in `_x`."""
-        x, theta, gain = self._x, self._theta, self._gain
-        self._drift(mean)
-        variance = self._variance(mean)
+    def _learn(self, x: list[float], seconds: float, mean: float) -> None:
+        """`x`: the step's amounts, each times its prior cost."""
+        theta = self._theta
+        self._drift(x, mean)
+        gain = product(self._p, x)
+        own = dot(gain, x)
+        # The machine's speed may have changed: adds common theta theta' to P.
+        common = COMMON_DRIFT**2
+        variance = self._variance(own + common * mean**2, mean)
         error = seconds - mean
         score = error / variance**0.5
         outlier = abs(score) > CLIP
         if outlier and self._is_change(score):
-            self._add_common(CHANGE_SD)
-            variance = self._variance(mean)
+            common += CHANGE_SD**2
+            variance = self._variance(own + common * mean**2, mean)
         elif outlier:
             error *= CLIP / abs(score)
         else:
             self._run = 0
-        np.multiply(gain, error / variance, out=self._scratch)
-        theta += self._scratch
-        np.multiply.outer(gain, gain, out=self._square)
-        self._square /= variance
-        self._p -= self._square
-        np.maximum(self._diagonal, MIN_VARIANCE, out=self._diagonal)
-        self._speed += NOISE_RATE * (min(seconds / float(x.sum()), MAX_RATIO) - self._speed)
-        np.clip(theta, FLOOR * self._speed, MAX_RATIO, out=theta)
+        speed = common**0.5
+        scale = 1.0 / variance**0.5
+        up = [speed * ratio for ratio in theta]
+        down = [scale * (g + common * mean * t) for g, t in zip(gain, theta, strict=True)]
+        self._p = [
+            [v + u * a - d * b for v, a, b in zip(row, up, down, strict=True)]
+            for row, u, d in zip(self._p, up, down, strict=True)
+        ]
+        for i, row in enumerate(self._p):
+            row[i] = max(row[i], MIN_VARIANCE)
+        self._speed += NOISE_RATE * (min(seconds / sum(x), MAX_RATIO) - self._speed)
+        least, error = FLOOR * self._speed, error * scale
+        self._theta = [
+            min(max(t + error * d, least), MAX_RATIO) for t, d in zip(theta, down, strict=True)
+        ]
         self._calibrate(score, variance, mean)
+        self._costs = None
 
-    def _variance(self, mean: float) -> float:
-        """Of a step with the amounts in `_x`: what the costs may be off, and noise. Leaves P x in
-        `_gain`."""
-        np.dot(self._p, self._x, out=self._gain)
-        own = max(0.0, float(self._gain.dot(self._x)))
-        return own + (self._noise * mean) ** 2 + JITTER_S**2
+    def _variance(self, own: float, mean: float) -> float:
+        """Of a step's time: what the costs may be off, and noise."""
+        return max(0.0, own) + (self._noise * mean) ** 2 + JITTER_S**2
 
-    def _drift(self, mean: float) -> None:
-        """What may have changed since the last step: the features in it, in proportion to their
-        part of its time, and the machine's speed. Costs that are not seen stay nearly as sure as
+    def _drift(self, x: list[float], mean: float) -> None:
+        """What may have changed since the last step, beside the machine's speed: the features in
+        it, in proportion to their part of its time. Costs that are not seen stay nearly as sure as
         they were, and P cannot wind up."""
-        share = self._scratch
-        np.multiply(self._theta, self._theta, out=share)
-        share *= self._x
-        share *= FEATURE_DRIFT**2 / mean  # theta^2 x (theta x / mean) / theta
-        self._diagonal += share
-        np.multiply(self._theta, self._theta, out=share)
-        unsure = (self._x == 0.0) & (self._diagonal < UNSEEN_SD**2 * share)
-        share *= UNSEEN_DRIFT**2
-        np.add(self._diagonal, share, out=self._diagonal, where=unsure)
-        self._add_common(COMMON_DRIFT)
-
-    def _add_common(self, deviation: float) -> None:
-        """All costs may have changed together, by so much relative to each."""
-        np.multiply.outer(self._theta, self._theta, out=self._square)
-        self._square *= deviation**2
-        self._p += self._square
+        seen = FEATURE_DRIFT**2 / mean  # theta^2 x (theta x / mean) / theta
+        for i, (amount, ratio, row) in enumerate(zip(x, self._theta, self._p, strict=True)):
+            if amount:
+                row[i] += seen * amount * ratio * ratio
+            elif row[i] < (UNSEEN_SD * ratio) ** 2:
+                row[i] += (UNSEEN_DRIFT * ratio) ** 2
 
     def _is_change(self, score: float) -> bool:
         """The last of a run of steps that were all too long, or all too short."""
@@ -244,9 +252,9 @@ class LatencyModel:
     def state(self) -> dict[str, Any]:
         """Plain data from which `restore` goes on."""
         return {
-            "prior": self.prior.tolist(),
-            "theta": self._theta.tolist(),
-            "p": self._p.tolist(),
+            "prior": list(self._prior),
+            "theta": list(self._theta),
+            "p": [list(row) for row in self._p],
             "noise": self._noise,
             "bound": self._bound,
             "num_observed": self.num_observed,
@@ -269,12 +277,12 @@ class LatencyModel:
         sound = sound and bool(np.isfinite(theta).all()) and np.allclose(p, p.T)
         if not sound or np.linalg.eigvalsh(p).min() < -1e-9 or not noise > 0 or not bound > 0:
             raise ValueError("the numbers of the latency model are not sound")
-        self.prior, self.num_observed = prior, max(num_observed, SCALING_STEPS)
+        self.num_observed = max(num_observed, SCALING_STEPS)
         self._first.clear()
-        self._theta[:] = theta
-        self._p[:] = p
+        # The machine may be another one of its kind, or throttled: by so much at everything.
+        p += RESTORE_SD**2 * np.multiply.outer(theta, theta)
+        self._prior, self._theta, self._p = prior.tolist(), theta.tolist(), p.tolist()
         self._noise = min(max(noise, NOISE_RANGE[0]), NOISE_RANGE[1])
         self._bound = min(max(bound, BOUND_RANGE[0]), BOUND_RANGE[1])
         self._speed = float(theta.mean())
-        # The machine may be another one of its kind, or throttled.
-        self._add_common(RESTORE_SD)
+        self._costs = None

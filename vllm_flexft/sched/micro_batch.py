@@ -13,6 +13,7 @@ from vllm_flexft.data.dataset import TrainingSequence
 from vllm_flexft.graph.grid import BackwardGrid
 from vllm_flexft.plan import MicroBatch, Windows
 from vllm_flexft.sched.sequence_kv import KV_ID_PREFIX, KVLender, SequenceKV
+from vllm_flexft.sched.slice_amounts import SliceAmounts
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class ScheduledMicroBatch:
             num_layers=num_layers,
             lowest_layer=lowest if train else num_layers,
         )
-        self.cumulative = slice_amounts(self.grid, self.spec)
+        self.amounts = SliceAmounts(self.grid, self.spec)
         self.sequences = [
             ScheduledSequence(
                 row=offset,
@@ -112,21 +113,3 @@ class ScheduledMicroBatch:
         self.located = False
         self._num_forwarded = 0
         return held
-
-
-def slice_amounts(grid: BackwardGrid, batch: MicroBatch) -> npt.NDArray[np.float64]:
-    """What the slices before each one hold, (slices + 1, 3): rows of the loss, tokens x layers,
-    keys attended x layers. In the order in which the grid runs them."""
-    loss_borders = np.arange(0, grid.num_tokens, grid.windows.loss)
-    layer_borders = np.arange(0, grid.num_tokens, grid.windows.layer)
-    rows = np.zeros(grid.num_tokens)
-    rows[:-1] = batch.supervised[1:]  # row t predicts token t + 1
-    lengths = np.diff(batch.offsets)
-    attended = np.arange(1.0, grid.num_tokens + 1) - np.repeat(batch.offsets[:-1], lengths)
-    amounts = np.zeros((grid.num_slices + 1, 3))
-    loss, layers = np.split(amounts[1:], [grid.num_loss_slices])
-    layers = layers.reshape(-1, grid.num_layer_windows, 3)
-    loss[:, 0] = np.add.reduceat(rows, loss_borders)[::-1]
-    layers[:, :, 1] = np.diff(layer_borders, append=grid.num_tokens)[::-1]
-    layers[:, :, 2] = np.add.reduceat(attended, layer_borders)[::-1]
-    return np.cumsum(amounts, axis=0, out=amounts)

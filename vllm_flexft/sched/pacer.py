@@ -10,12 +10,13 @@ and in the simulator. Time is passed in, nothing is read from a clock or from vL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from vllm_flexft.sched.latency import SCALING_STEPS, Feature, LatencyModel, Vector
+from vllm_flexft.sched.latency import SCALING_STEPS, Feature, LatencyModel
 from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow, carry
 from vllm_flexft.sched.room import Room
+from vllm_flexft.sched.step_estimate import StepEstimate
 from vllm_flexft.sched.token_times import TokenTimes
 from vllm_flexft.sched.trace import StepTrace
 
@@ -29,7 +30,7 @@ PROBE_AFTER = 100
 
 @dataclass(slots=True)
 class _Running:
-    features: Vector
+    features: Sequence[float]
     scheduled: float
     follows: bool  # straight after another step: the engine had work all the time
     learn: bool
@@ -76,26 +77,18 @@ class Pacer:
             due_s=self.tokens.due(start) - start,
             share_credit=self._share_credit,
         )
-        prices, bound = self._prices(budget)
-        return Room(
-            budget,
-            prices,
-            tokens=tokens,
-            rows=rows,
-            sole_job=sole_job,
-            load=load.features(),
-            bound=bound,
-        )
+        prices, estimate = self._prices(budget)
+        return Room(budget, prices, tokens=tokens, rows=rows, sole_job=sole_job, estimate=estimate)
 
-    def _prices(self, budget: Budget) -> tuple[Vector, Callable[[Vector], float] | None]:
-        """What work is charged at in a step, and the bound of the whole step if that is less."""
+    def _prices(self, budget: Budget) -> tuple[Sequence[float], StepEstimate | None]:
+        """What work is charged at in a step, and the estimate of the whole step if that is less."""
         model = self.model
         if self._num_refused >= PROBE_AFTER:
-            return model.prices(optimistic=True), None
+            return model.prices(optimistic=True).tolist(), None
         if budget.idle and model.num_observed >= SCALING_STEPS:
             # No token is late for it, and steps of all sizes teach what each of their parts costs.
-            return model.expected_prices(), None
-        return model.prices(), model.upper
+            return model.expected_prices().tolist(), None
+        return model.costs.prices, budget.estimate or model.estimate(NOTHING)
 
     def planned(
         self,
@@ -123,10 +116,10 @@ class Pacer:
             if many and self.trace is None:
                 self._running[key] = _Running(NOTHING, now, self._follows, False, None)
                 return
-        features = load.features()
+        features = load.amounts
         record = None
         if room is not None:
-            features += room.features
+            features = [a + b for a, b in zip(features, room.taken, strict=True)]
             features[Feature.STEP] = min(1.0, features[Feature.STEP])
             refused = room.budget.seconds > 0.0 and room.spent == 0.0 and bool(room.lacking)
             probed = self._num_refused >= PROBE_AFTER
@@ -172,7 +165,7 @@ class Pacer:
         now: float,
         load: StepLoad,
         room: Room | None,
-        features: Vector,
+        features: Sequence[float],
         blocks: tuple[int, int],
     ) -> int:
         predicted, bound = self.model.predict(features)
@@ -197,5 +190,5 @@ class Pacer:
         )
 
 
-NOTHING = StepLoad().features()
+NOTHING = StepLoad().amounts
 NO_BUDGET = Budget(0.0, 0.0, 0.0, 0.0, 0.0, False, "no job")

@@ -26,6 +26,7 @@ import numpy as np
 
 from vllm_flexft.config import ServerOptions, SLOConfig
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, LatencyModel, Vector
+from vllm_flexft.sched.step_estimate import StepEstimate
 
 DEFAULT_TPOT_MS = 50.0
 DEFAULT_TTFT_MS = 5000.0
@@ -33,6 +34,8 @@ TPOT_MARGIN = 0.9  # of the objective; the rest is what a token spends outside t
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
 CREDIT_SHARE = 1.0  # of the TPOT objective: no step is longer than twice it
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
+
+NO_FINETUNING = (0.0,) * (NUM_FEATURES - Feature.CHUNK)  # the features after those of inference
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,15 @@ class StepLoad:
     def num_tokens(self) -> int:
         return self.decode_rows + self.prefill_tokens
 
+    @property
+    def amounts(self) -> list[float]:
+        """Of each `Feature`."""
+        if not self.num_tokens:
+            return [0.0] * NUM_FEATURES
+        return [1.0, self.decode_rows, self.prefill_tokens, self.context, *NO_FINETUNING]
+
     def features(self) -> Vector:
-        features = np.zeros(NUM_FEATURES)
-        if self.num_tokens:
-            features[Feature.STEP] = 1.0
-            features[Feature.DECODE] = self.decode_rows
-            features[Feature.PREFILL] = self.prefill_tokens
-            features[Feature.CONTEXT] = self.context
-        return features
+        return np.array(self.amounts, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Budget:
     bound: float  # of inference alone, upper
     idle: bool  # no inference: one piece of work may exceed `seconds`
     reason: str = ""  # why there is nothing, where there is nothing
+    estimate: StepEstimate | None = None  # of inference alone
 
 
 def allow(
@@ -116,7 +121,8 @@ def allow(
         if load.num_waiting:
             return Budget(0.0, 0.0, limit, 0.0, 0.0, False, "requests wait for memory")
         return Budget(limit, 0.0, limit, 0.0, 0.0, True)
-    predicted, bound = model.predict(load.features())
+    estimate = model.estimate(load.amounts)
+    predicted, bound = estimate.mean, estimate.upper
     limit, credit = min(objectives.step_s, due_s), 0.0
     if load.num_waiting:
         slack, reason = 0.0, "requests wait for a place"
@@ -129,7 +135,7 @@ def allow(
     if share := objectives.min_share:
         floor = predicted * share / (1.0 - share)
         slack, credit, reason = max(slack, floor), max(credit, share_credit), ""
-    return Budget(max(0.0, slack), credit, limit, predicted, bound, False, reason)
+    return Budget(max(0.0, slack), credit, limit, predicted, bound, False, reason, estimate)
 
 
 def carry(budget: Budget, objectives: Objectives, share_credit: float, spent: float) -> float:

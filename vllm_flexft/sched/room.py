@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +14,10 @@ from vllm_flexft.plan import BackwardSlices, Chunk, OptimizerStep, SaveRequest, 
 from vllm_flexft.plan import MicroBatch as MicroBatchSpec
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, Vector
 from vllm_flexft.sched.planner import Budget
+from vllm_flexft.sched.slice_amounts import SliceAmounts
+from vllm_flexft.sched.step_estimate import StepEstimate, Work
 
-NEXT_SLICES = 64
 EXHAUSTED = 0.03  # of the budget: what is left is not worth another look
-SLICE_FEATURES = slice(Feature.LOSS, Feature.UPDATE)  # what a backward slice consists of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,62 +50,63 @@ class Room:
     def __init__(
         self,
         budget: Budget,
-        prices: Vector,
+        prices: Sequence[float],
         *,
         tokens: int,
         rows: int,
         sole_job: bool = True,
-        load: Vector | None = None,
-        bound: Callable[[Vector], float] | None = None,
+        estimate: StepEstimate | None = None,
     ) -> None:
         """
         Args:
             prices: seconds an amount of each `Feature`, at most.
             tokens, rows: what is left of vLLM's token budget and request slots.
             sole_job: no other job has work for this step.
-            load: amounts of inference in the step.
-            bound: upper bound of a step's seconds by its amounts, if not the sum of prices.
+            estimate: of the step as it is, whose bound says what work costs; None: prices do.
         """
         self.budget = budget
+        self.idle = budget.idle
         self.seconds = budget.seconds
         self.tokens, self.rows = tokens, rows
         self.sole_job = sole_job
         self.may_begin = True  # a micro-batch: not while a job before this one waits for blocks
         self.spent = 0.0
-        self.features = np.zeros(NUM_FEATURES)  # taken
+        self.taken = [0.0] * NUM_FEATURES
         self.lacking = budget.reason  # what the last piece that did not fit needed
-        self._prices = prices
-        self._price: list[float] = prices.tolist()
-        self._load = np.zeros(NUM_FEATURES) if load is None else load
-        self._bound = bound
-        self._total = self._load.copy()
+        self._price = prices
+        self._estimate = estimate
+        self._pays_start = budget.idle  # running the model at all, where inference does not
 
     @property
-    def idle(self) -> bool:
-        return self.budget.idle
+    def features(self) -> Vector:
+        """What was taken."""
+        return np.array(self.taken)
 
     @property
     def exhausted(self) -> bool:
         return self.seconds <= EXHAUSTED * self.budget.seconds
 
-    def fit_slices(self, cumulative: npt.NDArray[np.float64], done: int) -> int:
-        """Take as many of the next backward slices as fit; returns how many.
+    def fit_slices(self, amounts: SliceAmounts, done: int) -> int:
+        """Take as many of the next backward slices as fit; returns how many."""
+        row, token, key = self._price[Feature.LOSS : Feature.UPDATE]
 
-        `cumulative`: (slices + 1, features of a slice), amounts up to each slice.
-        """
-        # The next few first: of a thousand slices that a micro-batch may have, a step takes ten.
-        for horizon in (NEXT_SLICES, len(cumulative)):
-            part = cumulative[done : done + 1 + horizon] @ self._prices[SLICE_FEATURES]
-            costs = part[1:] - part[0]
-            count = int(costs.searchsorted(self.seconds, side="right"))
-            if count < len(costs):
-                break
-        if not count and not self._may_exceed(float(costs[0])):
-            self.lacking = f"a backward slice takes {1e3 * costs[0]:.1f} ms"
-            return 0
-        count = max(1, count)
-        self.features[SLICE_FEATURES] += cumulative[done + count] - cumulative[done]
-        self._charge(float(costs[count - 1]))
+        def price(slices: int) -> float:
+            rows, tokens, keys = amounts.before(slices)
+            return row * rows + token * tokens + key * keys
+
+        begun = price(done)
+        later = range(done + 1, amounts.num_slices + 1)
+        count = bisect.bisect_right(later, begun + self.seconds, key=price)
+        if not count:
+            first = price(done + 1) - begun
+            if not self._may_exceed(first):
+                self.lacking = f"a backward slice takes {1e3 * first:.1f} ms"
+                return 0
+            count = 1
+        before, after = amounts.before(done), amounts.before(done + count)
+        features = range(Feature.LOSS, Feature.UPDATE)
+        work = [(f, b - a) for f, a, b in zip(features, before, after, strict=True)]
+        self._take(work, price(done + count) - begun)
         return count
 
     def fit_chunk(self, context: int, remaining: int, smallest: int) -> int:
@@ -115,14 +117,14 @@ class Room:
         if self.rows <= 0 or most < smallest:
             self.lacking = "no request slot" if self.rows <= 0 else "no token of the batch"
             return 0
-        start, seconds = self._start_cost(), self.seconds
-        tokens = min(most, self._tokens_for(seconds - start, context))
+        start = self._price[Feature.STEP] if self._pays_start else 0.0
+        tokens = min(most, self._tokens_for(self.seconds - start, context))
         if tokens < smallest and not (self.idle and self.spent == 0.0):
-            cost = start + self._chunk_cost(context, smallest)
+            cost = start + self._chunk_price(context, smallest)
             self.lacking = f"a chunk of {smallest} tokens takes {1e3 * cost:.1f} ms"
             return 0
         tokens = max(tokens, smallest)
-        if tokens < most and self._bound is not None:
+        if tokens < most and self._estimate is not None:
             return self._lengthened(tokens, most, context)
         return tokens
 
@@ -140,9 +142,9 @@ class Room:
         return max(tokens, between)
 
     def take_chunk(self, context: int, tokens: int) -> None:
-        cost = self._start_cost() + self._chunk_cost(context, tokens)
-        self._add_chunk(self.features, context, tokens)
-        self._charge(cost)
+        start = self._price[Feature.STEP] if self._pays_start else 0.0
+        self._take(self._chunk(context, tokens), start + self._chunk_price(context, tokens))
+        self._pays_start = False
         self.tokens -= tokens
         self.rows -= 1
 
@@ -153,8 +155,7 @@ class Room:
             kind = "an optimizer update" if feature is Feature.UPDATE else "a snapshot"
             self.lacking = f"{kind} takes {1e3 * cost:.1f} ms"
             return False
-        self.features[feature] += parameters
-        self._charge(cost)
+        self._take([(feature, parameters)], cost)
         return True
 
     def _tokens_for(self, seconds: float, context: int) -> int:
@@ -164,41 +165,36 @@ class Room:
         b = self._price[Feature.CHUNK] + self._price[Feature.CHUNK_CONTEXT] * context
         return int(2.0 * seconds / (b + (b * b + 4.0 * a * seconds) ** 0.5))
 
-    def _chunk_cost(self, context: int, tokens: int) -> float:
+    def _chunk_price(self, context: int, tokens: int) -> float:
         keys = tokens * (context + 0.5 * tokens)
         price = self._price
         return tokens * price[Feature.CHUNK] + keys * price[Feature.CHUNK_CONTEXT]
 
-    def _add_chunk(self, features: Vector, context: int, tokens: int) -> None:
-        features[Feature.CHUNK] += tokens
-        features[Feature.CHUNK_CONTEXT] += tokens * (context + 0.5 * tokens)
-        if self.idle:
-            features[Feature.STEP] = 1.0
+    def _chunk(self, context: int, tokens: int) -> list[tuple[int, float]]:
+        keys = tokens * (context + 0.5 * tokens)
+        work: list[tuple[int, float]] = [(Feature.CHUNK, tokens), (Feature.CHUNK_CONTEXT, keys)]
+        return [*work, (Feature.STEP, 1.0)] if self._pays_start else work
 
     def _bound_with(self, context: int, tokens: int) -> float:
         """Seconds, at most, that a chunk adds to what was taken."""
-        assert self._bound is not None
-        np.add(self._load, self.features, out=self._total)
-        self._add_chunk(self._total, context, tokens)
-        return self._bound(self._total) - self.budget.bound - self.spent
-
-    def _start_cost(self) -> float:
-        """Seconds of running the model at all, in a step that has no inference."""
-        started = not self.idle or self.features[Feature.STEP] > 0.0
-        return 0.0 if started else self._price[Feature.STEP]
+        assert self._estimate is not None
+        upper = self._estimate.upper_with(self._chunk(context, tokens))
+        return upper - self.budget.bound - self.spent
 
     def _may_exceed(self, cost: float) -> bool:
         if self.spent > 0.0:
             return False
         return self.idle or (self.seconds > 0.0 and cost <= self.seconds + self.budget.credit)
 
-    def _charge(self, cost: float) -> None:
-        """For what was just added to `features`; `cost` by prices."""
-        if self._bound is None:
+    def _take(self, work: Work, cost: float) -> None:
+        """`cost`: by prices."""
+        for feature, amount in work:
+            self.taken[feature] += amount
+        if self._estimate is None:
             self.spent += cost
         else:
-            np.add(self._load, self.features, out=self._total)
-            self.spent = max(self.spent, self._bound(self._total) - self.budget.bound)
+            self._estimate.add(work)
+            self.spent = max(self.spent, self._estimate.upper - self.budget.bound)
         self.seconds = max(0.0, self.budget.seconds - self.spent)
 
 

@@ -142,7 +142,7 @@ class FinetuneRun:
     def _plan_slices(
         self, batch: ScheduledMicroBatch, work: PlannedWork, room: Room, lender: KVLender
     ) -> bool:
-        count = room.fit_slices(batch.cumulative, batch.slices_done)
+        count = room.fit_slices(batch.amounts, batch.slices_done)
         if not count:
             return False
         batch.slices_done += count
