@@ -35,7 +35,9 @@ class CoServingEngine:
         self.llm = LLM(
             str(model),
             dtype=dtype,
-            **{"max_model_len": 512, "max_num_seqs": 16, "seed": 0, **llm_options},
+            # Compiling takes longer than most tests; test_compiled.py does it.
+            **{"max_model_len": 512, "max_num_seqs": 16, "seed": 0, "enforce_eager": True}
+            | llm_options,
             additional_config={
                 "co_finetune": [],
                 "co_finetune_config": {"state_dir": str(state_dir), **(options or {})},

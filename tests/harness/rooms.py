@@ -18,7 +18,7 @@ from vllm_flexft.sched.room import Room
 def unit_prices(prior: Vector) -> Vector:
     """Prices at which a forward token costs 1, and what does not grow with tokens nothing."""
     prices: Vector = prior / prior[Feature.CHUNK]
-    prices[[Feature.STEP, Feature.CHUNK_CONTEXT, Feature.LAYER_CONTEXT]] = 1e-12
+    prices[[Feature.STEP, Feature.CHUNKS, Feature.CHUNK_CONTEXT, Feature.LAYER_CONTEXT]] = 1e-12
     prices[[Feature.UPDATE, Feature.SAVE]] = 1e-12
     return prices
 

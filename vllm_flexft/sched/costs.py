@@ -52,6 +52,7 @@ class UnitCosts:
             Feature.DECODE: 1.0,
             Feature.PREFILL: 1.0,
             Feature.CONTEXT: attended,
+            Feature.CHUNKS: 0.5 * STEP_TOKENS.get(device, STEP_TOKENS["cuda"]),
             Feature.CHUNK: 1.0,
             Feature.CHUNK_CONTEXT: attended,
             Feature.LOSS: 2 * self.head_parameters / (self.num_layers * self.layer_parameters),

@@ -43,13 +43,14 @@ class Feature(IntEnum):
     DECODE = 1  # rows of one token
     PREFILL = 2  # tokens of inference prompts
     CONTEXT = 3  # keys that inference attends, summed over its tokens
-    CHUNK = 4  # finetune tokens through the forward
-    CHUNK_CONTEXT = 5  # keys that they attend
-    LOSS = 6  # rows through the LM head, forward and backward
-    LAYER = 7  # tokens x layers through the backward
-    LAYER_CONTEXT = 8  # keys attended in it
-    UPDATE = 9  # adapter parameters in an optimizer update
-    SAVE = 10  # adapter parameters in a snapshot
+    CHUNKS = 4  # 1 if it has any: such a step is not compiled (CPU), or has no CUDA graph
+    CHUNK = 5  # finetune tokens through the forward
+    CHUNK_CONTEXT = 6  # keys that they attend
+    LOSS = 7  # rows through the LM head, forward and backward
+    LAYER = 8  # tokens x layers through the backward
+    LAYER_CONTEXT = 9  # keys attended in it
+    UPDATE = 10  # adapter parameters in an optimizer update
+    SAVE = 11  # adapter parameters in a snapshot
 
 
 NUM_FEATURES = len(Feature)

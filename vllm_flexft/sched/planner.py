@@ -7,8 +7,8 @@ which the next tokens are due.
   TPOT objective, and ends before the next token of any request is due (sched/token_times.py): a
   request that was late, by prefill in its steps or by a stall, is first given back what it lost.
   What all of them have saved is credit, up to `CREDIT_SHARE` of the objective, for a piece of work
-  that cannot be cut (a backward slice, an update, a snapshot) and may be longer than the room of
-  any one step.
+  that cannot be cut (a backward slice, an update, a snapshot), or whose start costs most of it (a
+  chunk), and that may be longer than the room of any one step.
 - No requests: a new arrival waits for the running step, so it is bounded by a part of the TTFT
   objective.
 - Requests that could run are waiting for a place: nothing.
@@ -35,7 +35,7 @@ TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a
 CREDIT_SHARE = 1.0  # of the TPOT objective: no step is longer than twice it
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
-NO_FINETUNING = (0.0,) * (NUM_FEATURES - Feature.CHUNK)  # the features after those of inference
+NO_FINETUNING = [0.0] * (NUM_FEATURES - Feature.CHUNKS)
 
 
 @dataclass(frozen=True, slots=True)

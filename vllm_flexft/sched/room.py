@@ -75,7 +75,11 @@ class Room:
         self.lacking = budget.reason  # what the last piece that did not fit needed
         self._price = prices
         self._estimate = estimate
-        self._pays_start = budget.idle  # running the model at all, where inference does not
+        # What the first chunk pays beside its tokens: running the model at all, where inference
+        # does not, and as a step with chunks has to.
+        self._start: list[tuple[int, float]] = [(Feature.CHUNKS, 1.0)]
+        if budget.idle:
+            self._start.append((Feature.STEP, 1.0))
 
     @property
     def features(self) -> Vector:
@@ -117,13 +121,16 @@ class Room:
         if self.rows <= 0 or most < smallest:
             self.lacking = "no request slot" if self.rows <= 0 else "no token of the batch"
             return 0
-        start = self._price[Feature.STEP] if self._pays_start else 0.0
+        start = self._start_price()
         tokens = min(most, self._tokens_for(self.seconds - start, context))
-        if tokens < smallest and not (self.idle and self.spent == 0.0):
+        if tokens < smallest and self._may_exceed(start + self._chunk_price(context, smallest)):
+            # As long as what all have saved allows: a chunk's start is best paid once for many.
+            seconds = self.seconds if self.idle else self.seconds + self.budget.credit
+            return max(smallest, min(most, self._tokens_for(seconds - start, context)))
+        if tokens < smallest:
             cost = start + self._chunk_price(context, smallest)
             self.lacking = f"a chunk of {smallest} tokens takes {1e3 * cost:.1f} ms"
             return 0
-        tokens = max(tokens, smallest)
         if tokens < most and self._estimate is not None:
             return self._lengthened(tokens, most, context)
         return tokens
@@ -142,9 +149,9 @@ class Room:
         return max(tokens, between)
 
     def take_chunk(self, context: int, tokens: int) -> None:
-        start = self._price[Feature.STEP] if self._pays_start else 0.0
-        self._take(self._chunk(context, tokens), start + self._chunk_price(context, tokens))
-        self._pays_start = False
+        cost = self._start_price() + self._chunk_price(context, tokens)
+        self._take(self._chunk(context, tokens), cost)
+        self._start = []
         self.tokens -= tokens
         self.rows -= 1
 
@@ -165,6 +172,9 @@ class Room:
         b = self._price[Feature.CHUNK] + self._price[Feature.CHUNK_CONTEXT] * context
         return int(2.0 * seconds / (b + (b * b + 4.0 * a * seconds) ** 0.5))
 
+    def _start_price(self) -> float:
+        return sum(self._price[feature] for feature, _ in self._start)
+
     def _chunk_price(self, context: int, tokens: int) -> float:
         keys = tokens * (context + 0.5 * tokens)
         price = self._price
@@ -173,7 +183,7 @@ class Room:
     def _chunk(self, context: int, tokens: int) -> list[tuple[int, float]]:
         keys = tokens * (context + 0.5 * tokens)
         work: list[tuple[int, float]] = [(Feature.CHUNK, tokens), (Feature.CHUNK_CONTEXT, keys)]
-        return [*work, (Feature.STEP, 1.0)] if self._pays_start else work
+        return [*self._start, *work]
 
     def _bound_with(self, context: int, tokens: int) -> float:
         """Seconds, at most, that a chunk adds to what was taken."""

@@ -1,0 +1,69 @@
+"""With the compiler on, as a server has it on CPU by default: what is compiled, and that it tells in
+no token and no weight. The other tests' engines are not compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.beside import StepLog, Undisturbed, check_same, job, weights
+from harness.engine import CoServingEngine
+from harness.traffic import Ask, Pump, answers, ended, random_prompts
+from vllm.config import CompilationMode
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServingEngine:
+    return CoServingEngine(
+        tiny_llama,
+        tmp_path_factory.mktemp("compiled"),
+        max_num_seqs=12,
+        enforce_eager=False,
+        options={"tpot_ms": 1000},
+    )
+
+
+@pytest.fixture
+def eager_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Grows by one whenever a decoder layer is run by Python."""
+    calls: list[int] = []
+    forward = LlamaDecoderLayer.forward
+
+    def counted(self: LlamaDecoderLayer, *args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    return calls
+
+
+def test_steps_without_chunks_run_the_compiled_model_and_all_answer_and_learn_the_same(
+    compiled: CoServingEngine,
+    eager_layers: list[int],
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = compiled.core.vllm_config
+    assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+    asks = [Ask(prompt, 24) for prompt in random_prompts(8, 3, (3, 150))]
+    compiled.llm.reset_prefix_cache()
+    alone = answers(compiled, asks)
+    assert not eager_layers
+
+    compiled.llm.reset_prefix_cache()
+    log = StepLog.attach(compiled, monkeypatch)
+    name, pump = compiled.submit(job(tmp_path)), Pump(compiled)
+    pump.until(lambda: any(step.chunk_tokens for step in log.steps))
+    for ask in asks:
+        pump.ask(ask)
+    pump.until(lambda: pump.answered)
+    pump.until(ended(compiled, name))
+    layers = config.model_config.hf_text_config.num_hidden_layers
+    assert len(eager_layers) == layers * sum(step.chunk_tokens > 0 for step in log.steps)
+    assert any(step.mixed and step.chunk_tokens for step in log.steps)
+    assert any(step.mixed and not step.chunk_tokens for step in log.steps)
+    assert pump.in_order() == alone
+    check_same(weights(tmp_path), undisturbed[0])
