@@ -154,11 +154,11 @@ def test_pause_and_abort_with_steps_under_way_leave_the_result_as_it_is(
 
     def disturb(step: int) -> None:
         nonlocal disturbed
-        if step % 5 == 0 and engine.scheduler._lender._held and engine.core.batch_queue:
+        if step % 5 == 0 and engine.scheduler._lender.num_blocks and engine.core.batch_queue:
             disturbed += 1
             if disturbed % 2:
                 engine.core.pause_scheduler("keep")
-                assert not engine.scheduler._lender._held
+                assert not engine.scheduler._lender.num_blocks
                 engine.core.resume_scheduler()
             else:
                 pump.ask(Ask(random_prompts(1, step)[0], 200))

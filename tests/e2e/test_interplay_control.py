@@ -149,7 +149,7 @@ def test_training_leaves_the_prefix_cache_to_requests(
     over = ended(engine, name)
 
     def ask_again(step: int) -> None:
-        if step % 10 == 0 and engine.scheduler._lender._held and len(during) < 3:
+        if step % 10 == 0 and engine.scheduler._lender.num_blocks and len(during) < 3:
             during.append(cached_tokens())
 
     pump.until(lambda: over() and not engine.scheduler.has_requests(), ask_again)
@@ -195,12 +195,12 @@ def test_pause_stops_training_and_requests_alike_and_both_go_on_after_it(
     log.steps.clear()
     name, pump = engine.submit(job(tmp_path)), Pump(engine)
     over = ended(engine, name)
-    pump.until(lambda: bool(engine.scheduler._lender._held))
+    pump.until(lambda: bool(engine.scheduler._lender.num_blocks))
     ids = [pump.ask(ask) for ask in asks]
     pump.until(lambda: len(log.mixed) >= 3)
 
     pause(engine)
-    assert not engine.scheduler._lender._held, "a paused engine lends no blocks"
+    assert not engine.scheduler._lender.num_blocks, "a paused engine lends no blocks"
     log.steps.clear()
     late = pump.ask(asks[0])
     deadline = time.monotonic() + 0.5
@@ -239,7 +239,7 @@ def test_reset_of_the_cache_under_running_requests_changes_no_answer(
 
     def reset_now_and_then(step: int) -> None:
         nonlocal resets
-        if step % 7 == 0 and engine.scheduler.running and engine.scheduler._lender._held:
+        if step % 7 == 0 and engine.scheduler.running and engine.scheduler._lender.num_blocks:
             assert engine.core.reset_prefix_cache(reset_running_requests=True)
             resets += 1
 
@@ -261,7 +261,7 @@ def test_aborted_requests_go_at_once_and_the_others_are_answered(
     log.steps.clear()
     name, pump = engine.submit(job(tmp_path)), Pump(engine)
     over = ended(engine, name)
-    pump.until(lambda: bool(engine.scheduler._lender._held))
+    pump.until(lambda: bool(engine.scheduler._lender.num_blocks))
     kept = [pump.ask(ask) for ask in stay]
     going: Iterator[Any] = iter(random_prompts(4, 7, (400, 440)))
     aborted = [

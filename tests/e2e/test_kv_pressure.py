@@ -64,7 +64,7 @@ class Watch:
 
 
 def in_training(engine: CoServingEngine) -> bool:
-    return bool(engine.scheduler._lender._held)
+    return bool(engine.scheduler._lender.num_blocks)
 
 
 LOADS = {

@@ -42,6 +42,6 @@ def health(engine: CoServingEngine, asks: list[Ask]) -> Health:
             if number >= TRAINING_LORA_ID_BASE
         ),
         hooks=sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
-        lender_holds=len(scheduler._lender._held),
+        lender_holds=scheduler._lender.num_blocks,
         answers=said,
     )

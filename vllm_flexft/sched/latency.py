@@ -204,7 +204,8 @@ class LatencyModel:
             for row, u, d in zip(self._p, up, down, strict=True)
         ]
         for i, row in enumerate(self._p):
-            row[i] = max(row[i], MIN_VARIANCE)
+            if row[i] < MIN_VARIANCE:
+                row[i] = MIN_VARIANCE
         self._speed += NOISE_RATE * (min(seconds / sum(x), MAX_RATIO) - self._speed)
         least, error = FLOOR * self._speed, error * scale
         self._theta = [

@@ -98,8 +98,9 @@ class ScheduledMicroBatch:
         `stop` for a part of a longer prompt and samples nothing for it."""
         return self._token_ids[sequence.row : sequence.row + stop + 1]
 
-    def block_ids(self, lender: KVLender) -> tuple[tuple[list[int], ...], ...]:
-        return tuple(lender.block_ids(s.kv) for s in self.sequences)
+    @property
+    def block_ids(self) -> tuple[tuple[list[int], ...], ...]:
+        return tuple(s.kv.block_ids for s in self.sequences)
 
     def release(self, lender: KVLender) -> bool:
         """Give all blocks back; the forward has to run again. True when there were any.

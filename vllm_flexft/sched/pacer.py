@@ -27,6 +27,8 @@ SAMPLE_EVERY = 16
 # cost: what is never tried is never learnt.
 PROBE_AFTER = 100
 
+MOST_TO_LEARN = 16  # steps that may wait to be learnt
+
 
 @dataclass(slots=True)
 class _Running:
@@ -41,7 +43,8 @@ class Pacer:
     def __init__(
         self, model: LatencyModel, objectives: Objectives, trace: StepTrace | None = None
     ) -> None:
-        self.model, self.trace = model, trace
+        self._model, self.trace = model, trace
+        self._to_learn: list[tuple[Sequence[float], float]] = []  # steps, and their seconds
         self.tokens = TokenTimes(objectives.step_s)
         self.objectives = objectives
         self._share_credit = 0.0
@@ -59,6 +62,16 @@ class Pacer:
     def objectives(self, objectives: Objectives) -> None:
         self._objectives = objectives
         self.tokens.set_objective(objectives.step_s)
+
+    @property
+    def model(self) -> LatencyModel:
+        """With what the finished steps teach. They are learnt when it is asked for: straight
+        before planning reads the same numbers, which are then still in the caches."""
+        if self._to_learn:
+            for features, seconds in self._to_learn:
+                self._model.observe(features, seconds)
+            self._to_learn.clear()
+        return self._model
 
     @property
     def num_in_flight(self) -> int:
@@ -153,7 +166,9 @@ class Pacer:
         if step.record is not None and self.trace is not None:
             self.trace.finished(step.record, now - start)
         if step.learn:
-            self.model.observe(step.features, now - start)
+            self._to_learn.append((step.features, now - start))
+            if len(self._to_learn) >= MOST_TO_LEARN:  # nobody plans
+                _ = self.model
 
     def idle(self) -> None:
         """The engine is about to wait for work: what passes until the next step is not its time."""

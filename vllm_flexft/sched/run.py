@@ -129,7 +129,7 @@ class FinetuneRun:
         """
         progress = False
         if self._active and self._active[0].forwarded:
-            progress = self._plan_slices(self._active[0], work, room, lender)
+            progress = self._plan_slices(self._active[0], work, room)
         batch = next((batch for batch in self._active if not batch.forwarded), None)
         if batch is None and self._queue and room.may_begin:
             batch = self._begin_next()
@@ -139,9 +139,7 @@ class FinetuneRun:
             return progress
         return self._close_phase(work, room) or progress
 
-    def _plan_slices(
-        self, batch: ScheduledMicroBatch, work: PlannedWork, room: Room, lender: KVLender
-    ) -> bool:
+    def _plan_slices(self, batch: ScheduledMicroBatch, work: PlannedWork, room: Room) -> bool:
         count = room.fit_slices(batch.amounts, batch.slices_done)
         if not count:
             return False
@@ -151,7 +149,7 @@ class FinetuneRun:
             last = work.backward[-1]
             work.backward[-1] = replace(last, count=last.count + count)
         else:
-            block_ids = None if located else batch.block_ids(lender)
+            block_ids = None if located else batch.block_ids
             work.backward.append(BackwardSlices(batch.spec.id, count, block_ids))
         if batch.finished:
             self._active.remove(batch)
@@ -199,7 +197,7 @@ class FinetuneRun:
                 ChunkPrompt(
                     token_ids=batch.prompt(sequence, start + tokens),
                     num_computed=start,
-                    block_ids=lender.block_ids(sequence.kv),
+                    block_ids=sequence.kv.block_ids,
                 )
             )
             room.take_chunk(start, tokens)

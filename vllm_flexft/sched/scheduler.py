@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,6 @@ RESERVED_BLOCKS_SHARE = 0.05  # of the KV cache, never lent to finetuning
 # small against the cache.
 MICRO_BATCH_KV_SHARE = 0.25
 
-
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _SchedulerBase
 else:
@@ -91,7 +91,7 @@ class CoServeMixin(_SchedulerBase):
         self._latency_file.load(model)
         trace = StepTrace() if config.options.step_trace is not None else None
         self._pacer = Pacer(model, self._objectives(), trace)
-        self._starvation: dict[str, StarvationLog] = {}  # by job
+        self._starvation: dict[str, StarvationLog] = defaultdict(StarvationLog)  # by job
         self._engine_running: Callable[[], bool] = lambda: True
         limits = EngineLimits(
             max_model_len=self.max_model_len,
@@ -243,7 +243,7 @@ class CoServeMixin(_SchedulerBase):
     ) -> Room | None:
         """Add finetune work to a scheduled step; returns what it took, None without a job. Never
         raises: an error in planning fails the job, not the engine."""
-        while (prepared := self._feed.take()) is not None:
+        while self._feed.has_ready() and (prepared := self._feed.take()) is not None:
             self._start(prepared)
         if not (self._runs or self._closing):
             return None
@@ -292,7 +292,7 @@ class CoServeMixin(_SchedulerBase):
                 log.postponed(time.monotonic(), run.job.name, room.lacking)
             return None
         plan, work = taken
-        self._starvation.setdefault(run.job_id, StarvationLog()).progress(time.monotonic())
+        self._starvation[run.job_id].progress(time.monotonic())
         self._append_chunks(output, run, work)
         return plan
 

@@ -1,37 +1,44 @@
 """KV-cache blocks of training sequences, taken from and given back to vLLM's manager.
 
-A training sequence owns blocks under a vLLM `Request` that the scheduler never sees. Its blocks
-are not prefix-cached: its keys depend on adapter weights that change with every update.
+A training sequence owns blocks under a name that the scheduler never sees. Its blocks are not
+prefix-cached: its keys depend on adapter weights that change with every update.
 """
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.request import Request
 
 NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)  # finetuning never samples
 
 
 class SequenceKV:
-    """The blocks of one sequence while its micro-batch is in flight."""
+    """The blocks of one sequence while its micro-batch is in flight.
+
+    vLLM's manager is given this for a Request, which takes twenty times as long to build. Here are
+    all the attributes that it reads.
+    """
+
+    __slots__ = (
+        "block_ids", "num_blocks", "num_computed_tokens", "num_in_flight_tokens",
+        "num_prompt_tokens", "num_tokens", "request_id",
+    )  # fmt: skip
 
     def __init__(self, kv_id: str, num_tokens: int) -> None:
-        # Blocks that are never prefix-cached depend on the number of tokens alone.
-        self.request = Request(
-            request_id=kv_id,
-            prompt_token_ids=[0] * num_tokens,
-            sampling_params=NO_SAMPLING,
-            pooling_params=None,
-        )
+        self.request_id = kv_id
+        self.num_prompt_tokens = num_tokens
         # vLLM frees the blocks behind a sliding window, but not what is in flight. The backward
         # still reads them.
-        self.request.num_in_flight_tokens = num_tokens
+        self.num_in_flight_tokens = num_tokens
+        self.empty()
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose keys and values are in the cache."""
-        return self.request.num_computed_tokens
+    def empty(self) -> None:
+        self.num_tokens = 0  # whose keys and values are in the cache
+        self.num_computed_tokens = 0  # that have blocks
+        self.num_blocks = 0
+        self.block_ids: tuple[list[int], ...] = ()  # per KV-cache group
 
 
 class KVLender:
@@ -40,38 +47,44 @@ class KVLender:
     def __init__(self, manager: KVCacheManager, reserved_blocks: int) -> None:
         self._manager = manager
         self._reserved_blocks = reserved_blocks
-        self._held: set[str] = set()
         self.num_blocks = 0  # lent
 
     def extend(self, sequence: SequenceKV, num_tokens: int) -> bool:
-        """Blocks for the next `num_tokens`; False when inference may need them."""
-        request = sequence.request
-        free = self._manager.block_pool.get_num_free_blocks()
+        """Blocks for the next `num_tokens`; False when inference may need them.
+
+        All that the sequence will need, where there are so many: its next chunk then asks for none.
+        """
+        end, length = sequence.num_tokens + num_tokens, sequence.num_prompt_tokens
+        if end > sequence.num_computed_tokens:
+            if not (self._allocate(sequence, length) or self._allocate(sequence, end)):
+                return False
+        sequence.num_tokens = end
+        return True
+
+    def _allocate(self, sequence: SequenceKV, tokens: int) -> bool:
+        """Blocks for the first `tokens`."""
+        before = self._manager.block_pool.get_num_free_blocks()
         blocks = self._manager.allocate_slots(
-            request,
-            num_tokens,
+            cast(Any, sequence),
+            tokens - sequence.num_computed_tokens,
             delay_cache_blocks=True,  # never enter the prefix cache
             reserved_blocks=self._reserved_blocks,
             has_scheduled_reqs=False,  # the reserve takes the place of vLLM's watermark
         )
         if blocks is None:
             return False
-        self._held.add(request.request_id)
-        self.num_blocks += free - self._manager.block_pool.get_num_free_blocks()
-        request.num_computed_tokens += num_tokens
+        taken = before - self._manager.block_pool.get_num_free_blocks()
+        sequence.num_computed_tokens = tokens
+        sequence.num_blocks += taken
+        sequence.block_ids = self._manager.get_block_ids(sequence.request_id)
+        self.num_blocks += taken
         return True
 
-    def block_ids(self, sequence: SequenceKV) -> tuple[list[int], ...]:
-        """Per KV-cache group."""
-        return self._manager.get_block_ids(sequence.request.request_id)
-
     def free(self, sequence: SequenceKV) -> None:
-        if sequence.request.request_id in self._held:
-            self._held.discard(sequence.request.request_id)
-            free = self._manager.block_pool.get_num_free_blocks()
-            self._manager.free(sequence.request)
-            self.num_blocks += free - self._manager.block_pool.get_num_free_blocks()
-        sequence.request.num_computed_tokens = 0
+        if sequence.num_blocks:
+            self._manager.free(cast(Any, sequence))
+            self.num_blocks -= sequence.num_blocks
+            sequence.empty()
 
 
 KV_ID_PREFIX = "flexft-kv-"

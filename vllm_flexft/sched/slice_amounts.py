@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_flexft.graph.grid import BackwardGrid
 from vllm_flexft.plan import MicroBatch
 
-Amounts = tuple[float, float, float]  # Feature.LOSS, LAYER, LAYER_CONTEXT
+Amounts = tuple[int, int, int]  # Feature.LOSS, LAYER, LAYER_CONTEXT
 
 
 class SliceAmounts:
@@ -19,20 +17,20 @@ class SliceAmounts:
 
     def __init__(self, grid: BackwardGrid, batch: MicroBatch) -> None:
         self.num_slices = grid.num_slices
-        rows = np.zeros(grid.num_tokens)
-        rows[:-1] = batch.supervised[1:]  # row t predicts token t + 1
-        self._rows = _sums(rows, grid.windows.loss)
-        self._tokens = _sums(np.ones(grid.num_tokens), grid.windows.layer)
-        keys = np.arange(1.0, grid.num_tokens + 1)  # of a lane of one sequence
-        for start, stop in itertools.pairwise(batch.offsets):
-            keys[start:stop] -= start
-        self._keys = _sums(keys, grid.windows.layer)
+        tokens, windows = grid.num_tokens, grid.windows
+        targets = batch.supervised[1:]  # row t predicts token t + 1
+        self._rows = _sums(
+            [int(np.count_nonzero(targets[a:b])) for a, b in _borders(tokens, windows.loss)]
+        )
+        layer = _borders(tokens, windows.layer)
+        self._tokens = _sums([b - a for a, b in layer])
+        self._keys = _sums([_keys(batch.offsets, b) - _keys(batch.offsets, a) for a, b in layer])
 
     def before(self, slices: int) -> Amounts:
         """Of the first so many slices: rows of the loss, tokens x layers, keys x layers."""
         below = slices - len(self._rows) + 1
         if below <= 0:
-            return self._rows[slices], 0.0, 0.0
+            return self._rows[slices], 0, 0
         layers, windows = divmod(below, len(self._tokens) - 1)
         return (
             self._rows[-1],
@@ -41,7 +39,16 @@ class SliceAmounts:
         )
 
 
-def _sums(amounts: npt.NDArray[np.floating[Any]], window: int) -> list[float]:
-    """Of the first n windows for each n; the windows run last to first."""
-    borders = np.arange(0, len(amounts), window)
-    return [0.0, *itertools.accumulate(np.add.reduceat(amounts, borders)[::-1].tolist())]
+def _borders(tokens: int, window: int) -> list[tuple[int, int]]:
+    """The windows run last to first."""
+    return [(a, min(a + window, tokens)) for a in range(0, tokens, window)][::-1]
+
+
+def _keys(offsets: tuple[int, ...], tokens: int) -> int:
+    """That the first `tokens` of the micro-batch attend: n (n + 1) / 2 in n of a sequence."""
+    ends = (min(b, tokens) - a for a, b in itertools.pairwise(offsets) if a < tokens)
+    return sum(n * (n + 1) // 2 for n in ends)
+
+
+def _sums(amounts: list[int]) -> list[int]:
+    return [0, *itertools.accumulate(amounts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -16,21 +17,28 @@ from vllm_flexft.sched.sequence_kv import NO_SAMPLING
 def load_of(output: SchedulerOutput, *, context: int, num_waiting: int) -> StepLoad:
     """`context`: tokens in the KV cache of requests, what their decode rows attend. No Python loop
     over the requests: an engine may run hundreds."""
-    decode_rows = list(output.num_scheduled_tokens.values()).count(1)
+    rows, tokens = len(output.num_scheduled_tokens), output.total_num_scheduled_tokens
+    if rows != tokens:
+        rows = list(output.num_scheduled_tokens.values()).count(1)
     return StepLoad(
-        decode_rows=decode_rows,
-        prefill_tokens=output.total_num_scheduled_tokens - decode_rows,
+        decode_rows=rows,
+        prefill_tokens=tokens - rows,
         context=context,
         num_waiting=num_waiting,
+    )
+
+
+@functools.lru_cache(maxsize=16)  # adapters in training
+def _lora_request(lora_id: int) -> LoRARequest:
+    return LoRARequest(
+        lora_name=f"flexft-training-{lora_id}", lora_int_id=lora_id, lora_path="(in training)"
     )
 
 
 def chunk_requests(work: PlannedWork, lora_id: int, *, v2_runner: bool) -> list[NewRequestData]:
     """Each chunk is a request of its own that lives for one step: a part of a longer prompt whose
     earlier keys and values are in its blocks already."""
-    lora = LoRARequest(
-        lora_name=f"flexft-training-{lora_id}", lora_int_id=lora_id, lora_path="(in training)"
-    )
+    lora = _lora_request(lora_id)
     requests = []
     for chunk, prompt in zip(work.chunks, work.prompts, strict=True):
         # vLLM declares a list, and V2 needs one; V1 copies it into an array of its own, so that it
