@@ -36,6 +36,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import checks, serving, sharing, workload
 from benchmarks.gpu.arrivals import Lengths, Traffic
 from benchmarks.gpu.workload import LLAMA_8B, TINY
@@ -72,7 +74,7 @@ class Run:
     def kernels(self) -> Record:
         out = self.work / "kernels.json"
         environment = dict(os.environ)
-        if self.arguments.dry_run:
+        if not torch.cuda.is_available():
             environment["TRITON_INTERPRET"] = "1"
         self._python("benchmarks.gpu.kernels", "--output", str(out), env=environment)
         return json.loads(out.read_text())

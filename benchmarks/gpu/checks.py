@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 ON_CPU = "VLLM_FLEXFT_GPU_TESTS_ON_CPU"  # tests/gpu/conftest.py
 LIMIT_S = 300.0
@@ -70,10 +72,10 @@ def _run(group: Group, out: Path, *, dry: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [f"--junit-xml={report}", *(group.dry if dry and group.dry else group.tests)]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    if dry:
-        environment |= {ON_CPU: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    else:
+    if torch.cuda.is_available():
         environment |= group.environment
+    else:
+        environment |= {ON_CPU: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with out.with_suffix(".log").open("w") as log:
         try:
             done = subprocess.run(

@@ -193,8 +193,10 @@ class CoServeRunnerMixin(_RunnerBase):
             }
             self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
         if self._stream is None:
-            serial = not self._co_serve.options.overlap_backward
-            self._stream = BackwardStream(streams_for(self._view.device, serial=serial))
+            options = self._co_serve.options
+            serial, num_sms = not options.overlap_backward, options.backward_sms
+            streams = streams_for(self._view.device, serial=serial, num_sms=num_sms)
+            self._stream = BackwardStream(streams)
         self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager, self._stream)
 
 
