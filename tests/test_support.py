@@ -182,3 +182,10 @@ def test_pooling_models_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_supported_model_starts(model, dtype):
     assert start(model, dtype=dtype).lora_config is not None
+
+
+def test_fp32_is_refused_on_cuda_where_lora_kernels_take_none(model, monkeypatch):
+    config = start(model, dtype="float32")
+    monkeypatch.setattr(current_platform, "device_type", "cuda", raising=False)
+    with pytest.raises(ValueError, match=r"--dtype float32: use one of: bfloat16$"):
+        support.check_engine_config(config)

@@ -25,6 +25,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 DTYPES = ("float32", "bfloat16")
+CUDA_DTYPES = ("bfloat16",)  # vLLM's LoRA kernels for GPUs assert half precision
 
 
 class Unsupported(NamedTuple):
@@ -194,8 +195,11 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: naming what is unsupported and what is supported.
     """
+    from vllm.platforms import current_platform
+
     model = vllm_config.model_config
     dtype = _dtype_name(model.dtype)
+    dtypes = CUDA_DTYPES if current_platform.device_type == "cuda" else DTYPES
     architectures = ", ".join(ARCHITECTURES)
     if model.runner_type != "generate":
         _refuse(f"runner {model.runner_type}", "co-serving needs a generating model")
@@ -206,8 +210,8 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
             f"quantization {model.quantization} of the model",
             "serve an unquantised checkpoint of it",
         )
-    if dtype not in DTYPES:
-        _refuse(f"--dtype {dtype}", f"use one of: {', '.join(DTYPES)}")
+    if dtype not in dtypes:
+        _refuse(f"--dtype {dtype}", f"use one of: {', '.join(dtypes)}")
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", dtype):
         _refuse(

@@ -4,6 +4,11 @@
 
 It makes the job's optimizer steps (workload.py) with micro-batches of each size, stops at the first
 that runs out of memory, and prints the tokens a second of each as one line of JSON.
+
+With --log FILE it trains until it is killed, beside a server on the same device: a line
+{"time", "tokens"} after each update, below a first one {"micro_batch"}. --micro-batch is halved
+until it fits --memory-share of the device. It waits for the device after each micro-batch, so that
+no more than one is queued when it is stopped.
 """
 
 from __future__ import annotations
@@ -48,8 +53,8 @@ class DedicatedTrainer:
         vocab = size.config["vocab_size"]
         self._rows = torch.randint(10, vocab, (size.batch, size.length), device=self.device)
 
-    def step(self, micro_batch: int) -> None:
-        """One optimizer step."""
+    def step(self, micro_batch: int, *, wait: bool = False) -> None:
+        """One optimizer step; `wait`: for the device after each micro-batch."""
         import torch
 
         targets = self._rows[:, 1:].numel()
@@ -58,6 +63,8 @@ class DedicatedTrainer:
                 input_ids=rows, labels=rows, use_cache=False, num_items_in_batch=targets
             )
             out.loss.backward()
+            if wait:
+                self._wait()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -71,6 +78,13 @@ class DedicatedTrainer:
             self.step(micro_batch)
         self._wait()
         return (time.perf_counter() - started) / steps
+
+    def clear(self) -> None:
+        """Give back what a step that ran out of memory left."""
+        import torch
+
+        self._optimizer.zero_grad()
+        torch.cuda.empty_cache()
 
     def peak_bytes(self) -> int | None:
         import torch
@@ -107,21 +121,60 @@ def best(paces: dict[int, float | None]) -> dict[str, Any]:
     return {"best_micro_batch": fastest, "best_tokens_per_second": fitted[fastest]}
 
 
+def train(trainer: DedicatedTrainer, micro_batch: int, log: Path) -> None:
+    """Never ends. Raises OutOfMemoryError where not even one row fits."""
+    micro_batch = fitting(trainer, micro_batch)
+    tokens = trainer.size.batch * trainer.size.length
+    with log.open("w", buffering=1) as file:
+        print(json.dumps({"micro_batch": micro_batch}), file=file)
+        while True:
+            trainer.step(micro_batch, wait=True)
+            print(json.dumps({"time": time.time(), "tokens": tokens}), file=file)
+
+
+def fitting(trainer: DedicatedTrainer, micro_batch: int) -> int:
+    """The largest of `micro_batch` and its halves that does not run out of memory."""
+    import torch
+
+    while True:
+        try:
+            trainer.step(micro_batch)
+            return micro_batch
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+        trainer.clear()
+        micro_batch //= 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--log", type=Path, help="train until killed")
+    parser.add_argument("--micro-batch", type=int, default=max(LLAMA_8B.micro_batches))
+    parser.add_argument("--memory-share", type=float, default=1.0, help="of the device's memory")
     arguments = parser.parse_args()
+    _limit_memory(arguments.memory_share)
     trainer = DedicatedTrainer(
         arguments.model,
         TINY if arguments.tiny else LLAMA_8B,
         liger=arguments.liger,
         checkpointing=arguments.checkpointing,
     )
+    if arguments.log is not None:
+        train(trainer, min(arguments.micro_batch, trainer.size.batch), arguments.log)
     print(json.dumps(measure(trainer, arguments.steps)))
+
+
+def _limit_memory(share: float) -> None:
+    import torch
+
+    if share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from demo_server import DemoError, Server, free_port
 
-from benchmarks.co_serving.client import Replay
+from benchmarks.co_serving.client import Answer, Replay
 from benchmarks.co_serving.measures import Slo, Update, Window, finetune_tps, summarise
-from benchmarks.co_serving.processes import job_updates
+from benchmarks.co_serving.processes import SERVED, InferenceServer, job_updates
+from benchmarks.co_serving.systems import System, inference_only
+from benchmarks.co_serving.trace import Arrival
 from benchmarks.gpu import workload
 from benchmarks.gpu.arrivals import Traffic
 from benchmarks.gpu.workload import Size
 
-SERVED = "base"
 SLO = Slo(tpot_s=0.045, ttft_s=5.0)  # of FlexLLM's published figures (arXiv 2402.18789)
-LEAD_IN_S = 3.0  # of load before the measured window
-GRACE_S = 8.0  # after the last arrival; what runs then is cut off
+LEAD_IN_S = 2.0  # of load before the measured window
+GRACE_S = 10.0  # after the last arrival; what runs then is cut off
+JUDGED_TOKENS = 32  # of an answer that was cut off: with as many, its time a token is known
 WARM_UPDATES = 2  # of the optimizer: what is allocated, compiled and fitted at first, is
+
+# Requests sent at once, over and over, to tell two servers without a job apart: their number,
+# tokens of prompt and answer.
+ROUNDS = {"one": (1, 16, 64), "batch": (32, 128, 64)}
+NUM_ROUNDS = 8  # and one before, which is not counted
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,29 @@ class Setup:
     seconds: float
     traffic: Traffic
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process of a run, beside what it inherits."""
+        always = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if not self.dry:
+            return always
+        bound = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return {**always, **bound, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+class GpuServer(InferenceServer):
+    """The co-serving benchmark's server, by a command line of this one."""
+
+    def __init__(self, setup: Setup, name: str, *options: str) -> None:
+        port = free_port()
+        Server.__init__(
+            self,
+            command(setup, port, *options),
+            setup.work / f"{name}.log",
+            port=port,
+            environment=setup.environment,
+        )
+
 
 def command(setup: Setup, port: int, *options: str) -> list[str]:
     model = workload.write_model(setup.work / "model", setup.size)
@@ -55,49 +87,90 @@ def command(setup: Setup, port: int, *options: str) -> list[str]:
     return [*line, *options]
 
 
-def server(setup: Setup, name: str, *options: str) -> Server:
-    port = free_port()
-    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    if setup.dry:
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = setup.work / f"{name}.log"
-    return Server(command(setup, port, *options), log, port=port, environment=environment)
-
-
-def co_server(setup: Setup) -> tuple[Server, Path]:
-    """With a job that trains all the time, and where it writes."""
-    output_dir = setup.work / "adapter"
-    rows = workload.write_rows(setup.work / "rows.jsonl", setup.size)
-    path = setup.work / "job.json"
-    path.write_text(json.dumps(workload.job(rows, setup.size, output_dir)))
+def co_server(setup: Setup) -> GpuServer:
+    """Without a job; `start_job` brings it one."""
     options = {
         "tpot_ms": SLO.tpot_s * 1e3,
         "ttft_ms": SLO.ttft_s * 1e3,
         "state_dir": str(setup.work / "state"),
         "experimental_cuda": True,
     }
-    given = ["--co-finetune-config", json.dumps(options), "--co-finetune", str(path)]
-    return server(setup, "co_serving", *given), output_dir
+    return GpuServer(
+        setup, "co_serving", "--co-finetune-config", json.dumps(options), "--co-finetune"
+    )
 
 
-async def under_load(
-    server: Server, setup: Setup, rates: Sequence[float], output_dir: Path | None
-) -> dict[str, Any]:
-    """Rate -> figures of `measures.Result`; `output_dir`: of the job that trains meanwhile."""
+def start_job(setup: Setup) -> Path:
+    """Queue a job that trains all the time; returns where it writes."""
+    from vllm_flexft.config import FinetuneJob
+    from vllm_flexft.jobs.store import JobStore
+
+    output_dir = setup.work / "adapter"
+    rows = workload.write_rows(setup.work / "rows.jsonl", setup.size)
+    job = FinetuneJob.from_mapping(workload.job(rows, setup.size, output_dir))
+    store = JobStore(setup.work / "state" / "jobs.sqlite3")
+    try:
+        store.submit(job, model=str(setup.work / "model"))
+    finally:
+        store.close()
+    return output_dir
+
+
+def with_job(server: InferenceServer, output_dir: Path) -> System:
+    @contextlib.asynccontextmanager
+    async def running(replay: Replay) -> AsyncIterator[None]:
+        yield
+
+    return System("co_serving", server, running, lambda: job_updates(output_dir))
+
+
+async def under_load(system: System, setup: Setup, rates: Sequence[float]) -> dict[str, Any]:
+    """Rate -> figures of `measures.Result`, by the same arrivals for every system."""
     results = {}
     for rate in rates:
-        replay = Replay(server.url, SERVED, seed=round(rate * 1000))
+        replay = Replay(system.server.url, SERVED, seed=round(rate * 1000))
         arrivals = setup.traffic.at(rate, LEAD_IN_S + setup.seconds)
-        began = time.time()
-        answers = await replay.run(arrivals, grace_s=GRACE_S, start=began)
-        server.check()
+        async with system.running(replay):
+            began = time.time()
+            answers = await replay.run(arrivals, grace_s=GRACE_S, start=began)
+        system.server.check()
         window = Window(began, began + LEAD_IN_S, began + LEAD_IN_S + setup.seconds)
-        updates = job_updates(output_dir) if output_dir is not None else []
-        result = summarise(answers, updates, window, SLO).as_dict()
-        errors = sorted({a.error for a in answers if a.error and a.error != "cut off"})
-        results[f"{rate:g}"] = {**result, "errors": errors[:3]}
-        print(f"  {rate:g} requests/s: {json.dumps(results[f'{rate:g}'])}", flush=True)
+        told = judged(answers)
+        result = summarise(told, system.updates(), window, SLO).as_dict()
+        errors = sorted({a.error for a in told if a.error and a.error != "cut off"})
+        cut_off = sum(a.error == "cut off" for a in answers)
+        results[f"{rate:g}"] = {**result, "cut_off": cut_off, "errors": errors[:3]}
+        print(f"  {system.name}, {rate:g} requests/s: {json.dumps(results[f'{rate:g}'])}")
     return results
+
+
+def judged(answers: Sequence[Answer]) -> list[Answer]:
+    """An answer that was cut off at the end of the load, with `JUDGED_TOKENS` or more, counts as
+    complete, its next token as come then: a load that lasts for seconds would else call every
+    long answer late."""
+    return [
+        dataclasses.replace(a, error=None, tokens=[*a.tokens, (a.ended, a.tokens[-1][1] + 1)])
+        if a.error == "cut off" and a.ended and a.tokens and a.tokens[-1][1] >= JUDGED_TOKENS
+        else a
+        for a in answers
+    ]
+
+
+async def rounds(server: InferenceServer, count: int) -> dict[str, list[float]]:
+    """Seconds that each of `ROUNDS` takes, `count` times."""
+    replay = Replay(server.url, SERVED)
+    found: dict[str, list[float]] = {name: [] for name in ROUNDS}
+    for number in range(1 + count):
+        for name, (requests, prompt, output) in ROUNDS.items():
+            arrivals = [Arrival(0.0, prompt, output, name)] * requests
+            started = time.perf_counter()
+            answers = await replay.all_at_once(arrivals, at_most_s=60.0)
+            taken = time.perf_counter() - started
+            if not all(answer.complete for answer in answers):
+                raise server.failure(f"requests without a job beside them: {answers[0].error}")
+            if number:
+                found[name].append(round(taken, 5))
+    return found
 
 
 def idle(server: Server, setup: Setup, output_dir: Path) -> float:
@@ -122,36 +195,46 @@ def _since(updates: Sequence[Update], start: float) -> list[Update]:
 
 
 def measure_plain(setup: Setup, rates: Sequence[float]) -> dict[str, Any]:
-    with server(setup, "plain") as plain:
+    with GpuServer(setup, "plain") as plain:
         plain.wait_until_ready()
-        memory = device_memory(plain)
-        return {"memory": memory, "rates": asyncio.run(under_load(plain, setup, rates, None))}
+        return {
+            "rounds": asyncio.run(rounds(plain, NUM_ROUNDS)),
+            "rates": asyncio.run(under_load(inference_only(plain), setup, rates)),
+            "memory": {**kv_cache(plain), "used_bytes": used_bytes()},
+        }
 
 
 def measure_co_serving(setup: Setup, rates: Sequence[float], ceiling: float) -> dict[str, Any]:
-    made, output_dir = co_server(setup)
-    with made:
+    """Without a job, with one and no request, with one under the requests. What the device has in
+    use is told after each: nothing is to be allocated once the job is open."""
+    with co_server(setup) as made:
         made.wait_until_ready()
+        without_job = asyncio.run(rounds(made, NUM_ROUNDS))
+        used = {"without_job": used_bytes()}
+        output_dir = start_job(setup)
         tokens_per_second = idle(made, setup, output_dir)
-        memory = device_memory(made)
+        used["idle"] = used_bytes()
+        under = asyncio.run(under_load(with_job(made, output_dir), setup, rates))
+        used["after_requests"] = used_bytes()
         return {
+            "rounds": without_job,
             "idle": {
                 "tokens_per_second": tokens_per_second,
                 "mfu": workload.mfu(tokens_per_second, setup.size, ceiling),
             },
-            "memory": memory,
-            "rates": asyncio.run(under_load(made, setup, rates, output_dir)),
+            "rates": under,
+            "memory": {**kv_cache(made), "used_bytes": used},
         }
 
 
-def device_memory(server: Server) -> dict[str, int | None]:
-    """Bytes in use on the whole device, None without one, and tokens that the KV cache holds."""
+def kv_cache(server: Server) -> dict[str, int | None]:
+    """Tokens that the server's KV cache holds, as its log says."""
     found = re.findall(r"KV cache size: ([\d,]+) tokens", server.log.read_text(errors="replace"))
-    tokens = int(found[-1].replace(",", "")) if found else None
-    return {"used_bytes": _used_bytes(), "kv_cache_tokens": tokens}
+    return {"kv_cache_tokens": int(found[-1].replace(",", "")) if found else None}
 
 
-def _used_bytes() -> int | None:
+def used_bytes() -> int | None:
+    """In use on the whole device, None without one."""
     from vllm.third_party import pynvml
 
     try:

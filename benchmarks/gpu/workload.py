@@ -43,10 +43,10 @@ LLAMA_8B = Size(
 )  # fmt: skip
 TINY = Size(
     config=dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, vocab_size=2048, max_position_embeddings=512,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, vocab_size=2048, max_position_embeddings=512,
     ),
-    dtype="float32",
+    dtype="bfloat16",
     length=24,
     batch=4,
     micro_batches=(2, 4),

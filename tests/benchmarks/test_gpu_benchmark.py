@@ -2,16 +2,24 @@
 
 import itertools
 import json
+import re
 import statistics
+import subprocess
+import sys
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.co_serving.client import Answer
 from benchmarks.co_serving.trace import Arrival
 from benchmarks.gpu import workload
-from benchmarks.gpu.__main__ import Run, parse, summary
-from benchmarks.gpu.arrivals import OUTPUTS, PROMPTS, Lengths, from_traces, synthetic
-from benchmarks.gpu.dedicated import DedicatedTrainer, best, measure
+from benchmarks.gpu.__main__ import TOLD, Run, overheads, parse, summary
+from benchmarks.gpu.arrivals import OUTPUTS, PROMPTS, Lengths, Traffic, from_traces, synthetic
+from benchmarks.gpu.checks import GROUPS, ROOT, read
+from benchmarks.gpu.dedicated import DedicatedTrainer, best, fitting, measure
+from benchmarks.gpu.serving import JUDGED_TOKENS, SLO, Setup, judged
+from benchmarks.gpu.sharing import DedicatedProcess
 from benchmarks.gpu.workload import LLAMA_8B, TINY
 from vllm_flexft.config import FinetuneJob
 
@@ -77,24 +85,125 @@ def test_the_best_micro_batch_is_of_those_that_fitted():
     assert found == {"best_micro_batch": 2, "best_tokens_per_second": 30.0}
 
 
-RATES = {"5": {"finetune_tps": 85.0, "attainment": 0.99, "tpot_mean_ms": 30.0}}
+def rate(finetune_tps: float) -> dict[str, dict[str, float]]:
+    return {"5": {**dict.fromkeys(TOLD, 0.0), "finetune_tps": finetune_tps}}
 
 
 def test_the_summary_states_the_goals_figures():
     records = {
-        "trainer": {"tokens_per_second": 100.0},
-        "inference": {"rates": RATES, "memory": {}},
-        "co_serving": {
-            "idle": {"tokens_per_second": 110.0, "mfu": 0.56},
-            "rates": RATES,
-            "memory": {},
+        "trainer": {
+            "tokens_per_second": 100.0,
+            "ways": {"sdpa": {"peak_bytes": 7}},
         },
+        "inference": {
+            "rounds": {"one": [1.0, 1.0, 1.0]},
+            "rates": rate(0.0),
+            "memory": {"kv_cache_tokens": 10},
+        },
+        "co_serving": {
+            "rounds": {"one": [1.02, 1.01, 1.0]},
+            "idle": {"tokens_per_second": 110.0, "mfu": 0.56},
+            "rates": rate(85.0),
+            "memory": {"kv_cache_tokens": 8},
+        },
+        "sharing": {"systems": {"spatial": rate(40.0)}, "memory": {"kv_cache_tokens": 4}},
+        "checks": {"passed": 5, "failed": 0, "skipped": 1, "groups": {}},
     }
     found = summary(records)
     assert found["co_serving_vs_trainer"] == {"5": 0.85}
     assert found["idle_vs_trainer"] == 1.1
     assert found["idle_mfu"] == 0.56
+    assert found["plugin_without_job"]["one"]["overhead"] == 0.01
+    trained = {name: of["5"]["finetune_tps"] for name, of in found["systems"].items()}
+    assert trained == {"inference": 0.0, "co_serving": 85.0, "spatial": 40.0}
+    held = {name: of.get("kv_cache_tokens") for name, of in found["memory"].items()}
+    assert held == {"inference": 10, "co_serving": 8, "sharing": 4, "trainer": None}
+    assert found["checks"] == {"passed": 5, "failed": 0, "skipped": 1}
     assert summary({}) == {}
+
+
+def test_an_overhead_comes_with_what_rounds_differ_by_anyway():
+    found = overheads({"one": [1.01, 1.01, 1.01, 1.01]}, {"one": [0.9, 1.0, 1.0, 1.1]})
+    assert found["one"]["overhead"] == 0.01
+    assert found["one"]["spread"] > 0.01
+
+
+def test_an_answer_cut_off_is_judged_by_its_tokens_so_far_where_there_are_enough():
+    arrival = Arrival(0.0, 10, 400, "conv")
+
+    def cut_off(last: int) -> Answer:
+        tokens = [(1.0, 1), (1.0 + 0.02 * (last - 1), last)]
+        return Answer(arrival, 0.0, tokens, ended=tokens[-1][0] + 0.02, error="cut off")
+
+    few, enough = judged([cut_off(JUDGED_TOKENS - 1), cut_off(JUDGED_TOKENS)])
+    assert not SLO.met(few)
+    assert SLO.met(enough)
+    assert enough.tpot_s == pytest.approx(0.02)
+
+
+def test_an_answer_that_stood_still_until_it_was_cut_off_is_late():
+    tokens = [(1.0, 1), (1.5, JUDGED_TOKENS)]
+    (told,) = judged([Answer(Arrival(0.0, 10, 400, ""), 0.0, tokens, 9.0, "cut off")])
+    assert not SLO.met(told)
+
+
+class Small:
+    """A trainer that has memory for so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.cleared = rows, 0
+
+    def step(self, micro_batch: int) -> None:
+        if micro_batch > self.rows:
+            raise torch.OutOfMemoryError
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
+def test_a_micro_batch_is_halved_until_it_fits():
+    trainer = Small(rows=3)
+    assert fitting(trainer, 16) == 2
+    assert trainer.cleared == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(Small(rows=0), 4)
+
+
+def test_the_trainer_beside_a_server_logs_its_updates_until_it_is_killed(tmp_path):
+    setup = Setup(tmp_path, TINY, True, 1.0, Traffic(None))
+    trainer = DedicatedProcess(setup, tmp_path / "log.jsonl", 4, ["--tiny"])
+    try:
+        assert trainer.ready() == 4
+        assert trainer.updates()[0].tokens == TINY.batch * TINY.length
+    finally:
+        trainer.close()
+
+
+def test_the_checks_are_read_with_what_was_wrong_and_what_they_recorded(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(record_property): record_property('error', 0.5)\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_none(): pytest.skip('no graphs')\n"
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", str(tmp_path)]
+    subprocess.run(command, check=False, capture_output=True, cwd=tmp_path)
+    tests, figures = read(report)
+    assert tests["test_good"] == "passed"
+    assert tests["test_bad"].startswith("failed: assert 1 == 2")
+    assert tests["test_none"].startswith("skipped: ")
+    assert figures == {"error": 0.5}
+
+
+def test_every_test_for_a_gpu_is_in_a_group_of_the_checks():
+    named = [test for group in GROUPS.values() for test in group.tests if "::" in test]
+    written = [
+        f"tests/gpu/{path.name}::{name}"
+        for path in sorted((ROOT / "tests/gpu").glob("test_*.py"))
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    ]
+    assert sorted(named) == sorted(written)
 
 
 def test_a_part_that_fails_is_written_and_the_others_go_on(tmp_path, monkeypatch):
@@ -102,7 +211,7 @@ def test_a_part_that_fails_is_written_and_the_others_go_on(tmp_path, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(Run, "kernels", fail)
-    monkeypatch.setattr(Run, "trainer", lambda run: {"tokens_per_second": 100.0})
+    monkeypatch.setattr(Run, "trainer", lambda run: {"tokens_per_second": 100.0, "ways": {}})
     arguments = parse(["--dry-run", "--out", str(tmp_path), "--only", "kernels", "trainer"])
     assert Run(arguments, tmp_path).run() == 1
     read = {p.name: json.loads(p.read_text()) for p in tmp_path.glob("dry-*.json")}

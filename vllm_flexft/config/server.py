@@ -59,6 +59,12 @@ class ServerOptions(Section):
         description="false (the backward runs after the forward of its step), or true (on a GPU it "
         "runs beside later forwards, on a stream of its own)",
     )
+    backward_sms: int | None = Field(
+        None,
+        ge=1,
+        description="null (all), or an integer >= 1: multiprocessors of the GPU that the backward "
+        "may use while overlap_backward has it run beside forwards",
+    )
     max_jobs_at_once: int = Field(
         1, ge=1, description="an integer >= 1, jobs that train at the same time"
     )

@@ -200,8 +200,10 @@ class CoServeRunnerMixin(_RunnerBase):
             if self.device.type == "cpu":
                 prefer_kernels(self.get_model())
         if self._stream is None:
-            serial = not self._co_serve.options.overlap_backward
-            self._stream = BackwardStream(streams_for(self._view.device, serial=serial))
+            options = self._co_serve.options
+            serial, num_sms = not options.overlap_backward, options.backward_sms
+            streams = streams_for(self._view.device, serial=serial, num_sms=num_sms)
+            self._stream = BackwardStream(streams)
         self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager, self._stream)
 
 

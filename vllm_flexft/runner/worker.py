@@ -26,7 +26,7 @@ class _CoServeWorker(_WorkerBase):
         config = CoServeConfig.from_vllm_config(self.vllm_config)
         assert config is not None, "co-serving worker without co-serving configuration"
         add_finetuning(self.model_runner, config)
-        if self.device.type == "cuda" and config.options.overlap_backward:
+        if config.options.overlap_backward and self.device.type == "cuda":
             prefer_forwards(self.device)
 
 

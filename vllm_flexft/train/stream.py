@@ -14,13 +14,16 @@ that reads a slot is still running when the update writes it, so one slot is eno
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("vllm.flexft")
 
 
 class Mark(Protocol):
@@ -64,10 +67,18 @@ class OneStream:
 
 
 class TwoStreams:
-    """A stream of the least priority beside the current one."""
+    """A stream of the least priority beside the current one.
 
-    def __init__(self, device: torch.device) -> None:
-        self._backward = torch.cuda.Stream(device, priority=0)
+    Args:
+        num_sms: multiprocessors that it may use; None for all. Forwards may use these too.
+    """
+
+    def __init__(self, device: torch.device, num_sms: int | None = None) -> None:
+        self._green = None if num_sms is None else _green_context(device, num_sms)
+        if self._green is not None:
+            self._backward = self._green.Stream()
+        else:
+            self._backward = torch.cuda.Stream(device, priority=0)
 
     def backward(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._backward)
@@ -83,8 +94,21 @@ class TwoStreams:
         torch.cuda.current_stream().wait_event(mark)
 
 
-def streams_for(device: torch.device, *, serial: bool) -> Streams:
-    return TwoStreams(device) if device.type == "cuda" and not serial else OneStream()
+def _green_context(device: torch.device, num_sms: int) -> Any:
+    """None, with a word in the log, where torch, the driver or the device has none such."""
+    try:
+        from torch.cuda.green_contexts import GreenContext
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return GreenContext.create(num_sms=num_sms, device_id=index)
+    except (ImportError, RuntimeError) as error:
+        logger.warning("backward_sms has no effect, the backward may use all: %s", error)
+        return None
+
+
+def streams_for(device: torch.device, *, serial: bool, num_sms: int | None = None) -> Streams:
+    """`num_sms`: of the backward's stream, where it has one."""
+    return TwoStreams(device, num_sms) if device.type == "cuda" and not serial else OneStream()
 
 
 def prefer_forwards(device: torch.device) -> None:
