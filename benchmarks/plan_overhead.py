@@ -29,7 +29,8 @@ from benchmarks.bare_scheduler import BareEngine, prepared_job
 
 # Seconds a unit of each Feature, in its order: H200, 8 B parameters in bf16, by FLOP and bytes.
 H200_8B = np.array(
-    [5e-3, 1e-5, 3.5e-5, 3e-8, 2e-3, 3.5e-5, 1e-9, 5e-6, 1.6e-6, 1e-10, 2e-10, 1e-10], dtype=np.float64
+    [5e-3, 1e-5, 3.5e-5, 3e-8, 2e-3, 3.5e-5, 1e-9, 5e-6, 1.6e-6, 1e-10, 2e-10, 1e-10],
+    dtype=np.float64,
 )
 TPOT_MS = 40.0
 WARM_STEPS = 300

@@ -1,5 +1,5 @@
-"""With the compiler on, as a server has it on CPU by default: what is compiled, and that it tells in
-no token and no weight. The other tests' engines are not compiled."""
+"""The compiler is on, as in a server on CPU by default: what is compiled, and that neither tokens
+nor weights depend on it. The engines of other tests are not compiled."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def kv_reader_for(attention: Any) -> KVReader:
         )
     if attention.kv_cache.device.type != "cpu":
         return lambda block_ids: _read_rows(attention.kv_cache, block_ids)
-    isa = getattr(attention, "isa", None)
+    isa = str(getattr(attention, "isa", None))
     if (read := CPU_LAYOUTS.get(isa)) is None:
         raise ValueError(
             f"the KV cache layout of vLLM's CPU attention '{isa}' is not readable yet; "
