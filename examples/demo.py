@@ -77,6 +77,7 @@ def serve_command(port: int) -> list[str]:
             BASE,
         ),
         *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32"),
+        "--enforce-eager",  # compiling takes a minute
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--co-finetune-config.state_dir", str(STATE)),
         *("--co-finetune", str(JOB_FILE)),

@@ -39,6 +39,7 @@ PRELOAD = [
     "vllm_flexft.sched.scheduler",
 ]
 MODEL_OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16")
+MODEL_OPTIONS += ("--enforce-eager",)  # compiling takes longer than most tests
 
 
 class Server:
@@ -193,6 +194,7 @@ def _train(model: str, state_dir: str, jobs: list[Mapping[str, Any]], log: str) 
         dtype="float32",
         max_model_len=512,
         max_num_seqs=16,
+        enforce_eager=True,
         additional_config={
             "co_finetune": jobs,
             "co_finetune_config": {"state_dir": state_dir},
