@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml packaging/setup.sh packaging/requirements.py packaging/
 demo: setup  ## a small model answers requests while a job finetunes it (about 5 minutes)
 	@$(VENV)/bin/python examples/demo.py
 
-test: setup  ## run the tests (at most 20 minutes on two cores)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --foreground 1200 $(VENV)/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: setup  ## run the tests (about 20 minutes on two cores)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --foreground 2400 $(VENV)/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy, import direction
 	@$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from harness.beside import StepLog, Undisturbed, check_same, job, weights
 from harness.engine import CoServingEngine
+from harness.rooms import work_a_step
 from harness.traffic import Ask, Pump, answers, ended, random_prompts
 from vllm.config import CompilationMode
 from vllm.model_executor.models.llama import LlamaDecoderLayer
@@ -21,7 +22,6 @@ def compiled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoSe
         tmp_path_factory.mktemp("compiled"),
         max_num_seqs=12,
         enforce_eager=False,
-        options={"tpot_ms": 1000},
     )
 
 
@@ -54,6 +54,7 @@ def test_steps_without_chunks_run_the_compiled_model_and_all_answer_and_learn_th
     assert not eager_layers
 
     compiled.llm.reset_prefix_cache()
+    work_a_step(monkeypatch, lambda: 600.0)  # chunks and slices in steps of their own
     log = StepLog.attach(compiled, monkeypatch)
     name, pump = compiled.submit(job(tmp_path)), Pump(compiled)
     pump.until(lambda: any(step.chunk_tokens for step in log.steps))

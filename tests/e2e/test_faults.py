@@ -40,7 +40,7 @@ FATAL = {
         "vllm_flexft.sched.run:FinetuneRun._close_phase",
         "vllm_flexft.sched.run:FinetuneRun.on_result",
         "vllm_flexft.sched.sequence_kv:KVLender.extend",
-        "vllm_flexft.sched.sequence_kv:KVLender.block_ids",
+        "vllm_flexft.sched.sequence_kv:KVLender._allocate",
         "vllm_flexft.sched.scheduler:CoServeMixin._append_chunks",
         "vllm_flexft.sched.pacer:Pacer.room",
     ],

@@ -118,7 +118,8 @@ def test_a_chunk_is_the_longest_that_fits(seconds: float, context: int, remainin
     def price(tokens: int) -> float:
         keys = tokens * (context + tokens / 2)
         prices = MODEL.prices()
-        return float(tokens * prices[Feature.CHUNK] + keys * prices[Feature.CHUNK_CONTEXT])
+        work = tokens * prices[Feature.CHUNK] + keys * prices[Feature.CHUNK_CONTEXT]
+        return float(prices[Feature.CHUNKS] + work)
 
     tokens = make(seconds).fit_chunk(context, remaining, least)
     if tokens:
@@ -130,9 +131,23 @@ def test_a_chunk_is_the_longest_that_fits(seconds: float, context: int, remainin
 
 
 def test_a_chunk_below_the_floor_waits_but_the_end_of_a_sequence_does_not():
-    room = make(20 * MODEL.prices()[Feature.CHUNK])
+    prices = MODEL.prices()
+    room = make(prices[Feature.CHUNKS] + 20 * prices[Feature.CHUNK])
     assert room.fit_chunk(0, 500, 64) == 0
     assert room.fit_chunk(0, 10, 64) == 10
+
+
+def test_a_chunk_that_the_room_is_too_small_for_is_as_long_as_credit_pays_and_alone():
+    prices = MODEL.prices()
+    start, token = prices[Feature.CHUNKS], prices[Feature.CHUNK]
+    room = make(0.5 * start, credit=start + 100 * token)
+    tokens = room.fit_chunk(0, 500, 64)
+    assert 64 <= tokens <= 100 + 0.5 * start / token
+    room.take_chunk(0, tokens)
+    assert room.exhausted
+    busy = make(0.5 * start + 10 * token, credit=start + 100 * token)
+    busy.fit_parameters(Feature.UPDATE, 1)
+    assert busy.fit_chunk(0, 500, 64) == 0
 
 
 def test_rows_and_tokens_run_out():

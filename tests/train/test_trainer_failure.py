@@ -18,12 +18,13 @@ def test_what_was_written_before_a_failure_is_told_with_it(bench: Any, tmp_path:
     trainer._save(SaveRequest(step=3, counters={}, final=False))
     assert trainer._writer.drain(120)
     trainer.fail(RuntimeError("out of memory"))
-    result = trainer.step(StepPlan(job_id="job"))
+    (result,) = trainer.step(StepPlan(job_id="job"))
     assert result.error == "RuntimeError: out of memory"
     assert [(written.step, written.path) for written in result.written] == [
         (3, str(latest_checkpoint(tmp_path)))
     ]
-    assert trainer.step(StepPlan(job_id="job")).written == ()
+    (result,) = trainer.step(StepPlan(job_id="job"))
+    assert result.written == ()
 
 
 def test_the_end_of_a_job_copies_its_state_once(
