@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.co_serving.client import Answer
+
+JUDGED_TOKENS = 32  # of an answer that was cut off: with as many, its time a token is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,24 @@ def finetune_tps(updates: Sequence[Update], window: Window) -> float:
     return tokens / window.seconds
 
 
+def judged(answers: Sequence[Answer]) -> list[Answer]:
+    """An answer that was cut off at the end of the load, with `JUDGED_TOKENS` or more, counts as
+    complete, its next token as come then: a load that lasts for seconds would else call every
+    long answer late."""
+    return [
+        replace(a, error=None, tokens=[*a.tokens, (a.ended, a.tokens[-1][1] + 1)])
+        if a.error == "cut off" and a.ended and a.tokens and a.tokens[-1][1] >= JUDGED_TOKENS
+        else a
+        for a in answers
+    ]
+
+
 def summarise(
     answers: Sequence[Answer], updates: Sequence[Update], window: Window, slo: Slo
 ) -> Result:
-    """Of the requests that came in the window. One that was cut off misses the objectives; its
-    times so far, which are less than they would have become, stand in the percentiles."""
+    """Of the requests that came in the window. One that was cut off is as `judged` says; else it
+    misses the objectives, and its times so far stand in the percentiles."""
+    answers = judged(answers)
     inside = [a for a in answers if window.start <= a.due < window.stop]
     ttft = [a.ttft_s * 1e3 for a in inside]
     tpot = [t * 1e3 for a in inside if (t := a.tpot_s) is not None]

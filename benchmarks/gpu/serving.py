@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import re
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from demo_server import DemoError, Server, free_port
 
-from benchmarks.co_serving.client import Answer, Replay
+from benchmarks.co_serving.client import Replay
 from benchmarks.co_serving.measures import Slo, Update, Window, finetune_tps, summarise
 from benchmarks.co_serving.processes import SERVED, InferenceServer, job_updates
 from benchmarks.co_serving.systems import System, inference_only
@@ -28,7 +27,6 @@ from benchmarks.gpu.workload import Size
 SLO = Slo(tpot_s=0.045, ttft_s=5.0)  # of FlexLLM's published figures (arXiv 2402.18789)
 LEAD_IN_S = 2.0  # of load before the measured window
 GRACE_S = 10.0  # after the last arrival; what runs then is cut off
-JUDGED_TOKENS = 32  # of an answer that was cut off: with as many, its time a token is known
 WARM_UPDATES = 2  # of the optimizer: what is allocated, compiled and fitted at first, is
 
 # Requests sent at once, over and over, to tell two servers without a job apart: their number,
@@ -135,25 +133,12 @@ async def under_load(system: System, setup: Setup, rates: Sequence[float]) -> di
             answers = await replay.run(arrivals, grace_s=GRACE_S, start=began)
         system.server.check()
         window = Window(began, began + LEAD_IN_S, began + LEAD_IN_S + setup.seconds)
-        told = judged(answers)
-        result = summarise(told, system.updates(), window, SLO).as_dict()
-        errors = sorted({a.error for a in told if a.error and a.error != "cut off"})
+        result = summarise(answers, system.updates(), window, SLO).as_dict()
+        errors = sorted({a.error for a in answers if a.error and a.error != "cut off"})
         cut_off = sum(a.error == "cut off" for a in answers)
         results[f"{rate:g}"] = {**result, "cut_off": cut_off, "errors": errors[:3]}
         print(f"  {system.name}, {rate:g} requests/s: {json.dumps(results[f'{rate:g}'])}")
     return results
-
-
-def judged(answers: Sequence[Answer]) -> list[Answer]:
-    """An answer that was cut off at the end of the load, with `JUDGED_TOKENS` or more, counts as
-    complete, its next token as come then: a load that lasts for seconds would else call every
-    long answer late."""
-    return [
-        dataclasses.replace(a, error=None, tokens=[*a.tokens, (a.ended, a.tokens[-1][1] + 1)])
-        if a.error == "cut off" and a.ended and a.tokens and a.tokens[-1][1] >= JUDGED_TOKENS
-        else a
-        for a in answers
-    ]
 
 
 async def rounds(server: InferenceServer, count: int) -> dict[str, list[float]]:

@@ -55,6 +55,19 @@ def test_a_request_meets_both_objectives_and_is_complete_or_it_misses(
     assert SLO.met(given) is met
 
 
+@pytest.mark.parametrize(
+    ("came_s", "ended_s", "attainment"),
+    [(3.0, 3.1, 1.0), (3.7, 3.8, 0.0), (3.0, 9.0, 0.0)],
+    ids=["in time", "too slow", "stuck"],
+)
+def test_a_long_answer_that_was_cut_off_is_judged_by_what_came(
+    came_s: float, ended_s: float, attainment: float
+) -> None:
+    cut = answer(1.0, (0.5, 1), (came_s, 32), error="cut off")
+    cut.ended = 1.0 + ended_s
+    assert summarise([cut], [], Window(0.0, 0.0, 5.0), SLO).attainment == attainment
+
+
 def test_only_requests_that_came_in_the_window_are_counted() -> None:
     answers = [answer(at, (0.5, 1), (0.55, 2)) for at in (0.0, 4.0, 6.0, 9.0)]
     answers.append(answer(5.0, error="cut off"))

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.co_serving.client import Answer
+from benchmarks.co_serving.measures import JUDGED_TOKENS, judged
 from benchmarks.co_serving.trace import Arrival
 from benchmarks.gpu import workload
 from benchmarks.gpu.__main__ import TOLD, Run, overheads, parse, summary
 from benchmarks.gpu.arrivals import OUTPUTS, PROMPTS, Lengths, Traffic, from_traces, synthetic
 from benchmarks.gpu.checks import GROUPS, ROOT, read
 from benchmarks.gpu.dedicated import DedicatedTrainer, best, fitting, measure
-from benchmarks.gpu.serving import JUDGED_TOKENS, SLO, Setup, judged
+from benchmarks.gpu.serving import SLO, Setup
 from benchmarks.gpu.sharing import DedicatedProcess
 from benchmarks.gpu.workload import LLAMA_8B, TINY
 from vllm_flexft.config import FinetuneJob
