@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from demo_server import DemoError, Server, free_port
 
 from benchmarks.co_serving.client import Replay
 from benchmarks.co_serving.measures import Slo, Update, Window, finetune_tps, summarise
-from benchmarks.co_serving.processes import SERVED, InferenceServer, job_updates
+from benchmarks.co_serving.processes import SERVED, job_updates
 from benchmarks.co_serving.systems import System, inference_only
 from benchmarks.co_serving.trace import Arrival
 from benchmarks.gpu import workload
@@ -60,18 +61,17 @@ class Setup:
         return {**always, **bound, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-class GpuServer(InferenceServer):
-    """The co-serving benchmark's server, by a command line of this one."""
+class GpuServer(Server):
+    """A server of this benchmark; `systems` takes it as it takes the co-serving one's."""
 
     def __init__(self, setup: Setup, name: str, *options: str) -> None:
         port = free_port()
-        Server.__init__(
-            self,
-            command(setup, port, *options),
-            setup.work / f"{name}.log",
-            port=port,
-            environment=setup.environment,
-        )
+        log, environment = setup.work / f"{name}.log", setup.environment
+        super().__init__(command(setup, port, *options), log, port=port, environment=environment)
+
+    def engine(self) -> list[psutil.Process]:
+        """The engine core, and its worker where that is a process: what taking turns stops."""
+        return psutil.Process(self._process.pid).children(recursive=True)
 
 
 def command(setup: Setup, port: int, *options: str) -> list[str]:
@@ -114,7 +114,7 @@ def start_job(setup: Setup) -> Path:
     return output_dir
 
 
-def with_job(server: InferenceServer, output_dir: Path) -> System:
+def with_job(server: GpuServer, output_dir: Path) -> System:
     @contextlib.asynccontextmanager
     async def running(replay: Replay) -> AsyncIterator[None]:
         yield
@@ -141,7 +141,7 @@ async def under_load(system: System, setup: Setup, rates: Sequence[float]) -> di
     return results
 
 
-async def rounds(server: InferenceServer, count: int) -> dict[str, list[float]]:
+async def rounds(server: GpuServer, count: int) -> dict[str, list[float]]:
     """Seconds that each of `ROUNDS` takes, `count` times."""
     replay = Replay(server.url, SERVED)
     found: dict[str, list[float]] = {name: [] for name in ROUNDS}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.co_serving.processes import InferenceServer, Trainer
+from benchmarks.co_serving.processes import Trainer
 from benchmarks.co_serving.systems import (
     TURNS_S,
     System,
@@ -53,7 +53,7 @@ class DedicatedProcess(Trainer):
             )
 
 
-def shared_by(server: InferenceServer, trainer: Trainer) -> list[System]:
+def shared_by(server: GpuServer, trainer: Trainer) -> list[System]:
     return [
         temporal(TURN_S, server, trainer),
         temporal_when_idle(server, trainer),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.co_serving.client import Answer
 from benchmarks.co_serving.measures import JUDGED_TOKENS, judged
 from benchmarks.co_serving.trace import Arrival
-from benchmarks.gpu import workload
+from benchmarks.gpu import serving, workload
 from benchmarks.gpu.__main__ import TOLD, Run, overheads, parse, summary
 from benchmarks.gpu.arrivals import OUTPUTS, PROMPTS, Lengths, Traffic, from_traces, synthetic
 from benchmarks.gpu.checks import GROUPS, ROOT, read
@@ -168,6 +168,28 @@ def test_a_micro_batch_is_halved_until_it_fits():
     assert trainer.cleared == 3
     with pytest.raises(torch.OutOfMemoryError):
         fitting(Small(rows=0), 4)
+
+
+HEALTHY = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_is_ready_when_it_is_healthy_and_tells_what_taking_turns_stops(
+    tmp_path, monkeypatch
+):
+    def command(setup, port, *options):
+        return [sys.executable, "-c", HEALTHY, str(port)]
+
+    monkeypatch.setattr(serving, "command", command)
+    with serving.GpuServer(Setup(tmp_path, TINY, True, 1.0, Traffic(None)), "healthy") as server:
+        server.wait_until_ready()
+        assert server.engine() == []  # this one has no engine
 
 
 def test_the_trainer_beside_a_server_logs_its_updates_until_it_is_killed(tmp_path):
