@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from harness.model_config import save_config
+from vllm.config import CompilationMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -282,6 +283,34 @@ def test_second_config_of_the_same_arguments_is_the_same(model, environment, job
     first, second = engine_args.create_engine_config(), engine_args.create_engine_config()
     assert first.lora_config == second.lora_config
     assert engine_args.max_loras == 1
+
+
+def test_the_model_stays_compiled_on_cpu_to_the_bits_of_steps_that_are_not(model, environment):
+    config = in_process(model, additional_config={"co_finetune": []}).compilation_config
+    plain = in_process(model).compilation_config
+    assert config.mode == plain.mode == CompilationMode.DYNAMO_TRACE_ONCE
+    assert config.custom_ops == ["all"]
+    assert config.inductor_compile_config["emulate_precision_casts"] is True
+    assert "emulate_precision_casts" not in plain.inductor_compile_config
+
+
+def test_what_the_user_says_of_compiling_holds(model, environment):
+    given = {"custom_ops": ["none"], "inductor_compile_config": {"emulate_precision_casts": False}}
+    engine_args = EngineArgs(
+        model=model, additional_config={"co_finetune": []}, compilation_config=given
+    )
+    config = engine_args.create_engine_config().compilation_config
+    assert config.custom_ops == ["none"]
+    assert config.inductor_compile_config["emulate_precision_casts"] is False
+    eager = in_process(model, additional_config={"co_finetune": []}, enforce_eager=True)
+    assert eager.compilation_config.mode == CompilationMode.NONE
+
+
+def test_an_engine_beside_a_co_serving_one_that_has_lora_is_compiled_as_vllm_has_it(
+    model, environment
+):
+    in_process(model, additional_config={"co_finetune": []})
+    assert in_process(model, enable_lora=True).compilation_config.mode == CompilationMode.NONE
 
 
 def test_users_additional_config_is_not_changed(model, environment, job_file):

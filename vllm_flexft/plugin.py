@@ -8,6 +8,7 @@ that does not ask is left exactly as it is.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 NAME = "flexft"
@@ -53,16 +54,6 @@ def register() -> None:
 
 def _not_about_our_scheduler(record: logging.LogRecord) -> bool:
     return record.args not in ((SCHEDULER,), (ASYNC_SCHEDULER,))
-
-
-def install_config_patches() -> None:
-    """Patches that a co-serving engine's config is built with. CPU: LoRA keeps the compiler on."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from flexft_patches import cpu_compile
-
-        cpu_compile.install()
 
 
 def install_worker_patches() -> None:
@@ -160,6 +151,9 @@ def build_engine_config(
     if not isinstance(carried, dict) or carried.get("co_finetune") in (None, False):
         return create()
 
+    from vllm.platforms import current_platform
+
+    from flexft_patches import cpu_compile
     from vllm_flexft import support, wiring
 
     support.check_engine_args(
@@ -175,8 +169,11 @@ def build_engine_config(
         max_rank=engine_args.max_lora_rank if explicit else None,
         reserved_names=[names] if isinstance(names, str) else names,
     )
-    install_config_patches()
-    with _Overridden(engine_args, **_lora_and_worker(engine_args, carried)):
+    changed = _lora_and_worker(engine_args, carried)
+    if current_platform.is_cpu():
+        cpu_compile.install(_co_serves)
+        changed["compilation_config"] = _same_bits_compiled(engine_args.compilation_config)
+    with _Overridden(engine_args, **changed):
         vllm_config = create()
     support.check_engine_config(vllm_config)
     # Only now is it known whether vLLM schedules asynchronously: it decides while it builds the
@@ -221,6 +218,24 @@ def _lora_and_worker(engine_args: EngineArgs, carried: dict[str, Any]) -> dict[s
         "max_cpu_loras": max_cpu_loras,  # the training adapters live in this cache as well
         "worker_cls": WORKERS[current_platform.device_type],
     }
+
+
+def _co_serves(vllm_config: VllmConfig) -> bool:
+    from vllm_flexft import wiring
+
+    carried = vllm_config.additional_config
+    return isinstance(carried, dict) and wiring.requested(carried)
+
+
+def _same_bits_compiled(given: CompilationConfig) -> CompilationConfig:
+    """What the user has chosen, and else that a compiled step computes the bits of one that is not:
+    vLLM's kernels, and rounding where plain torch rounds. Some steps of a co-serving engine on CPU
+    are compiled and some not; a request's tokens must not tell which."""
+    config = copy.deepcopy(given)
+    if not {"all", "none"} & set(config.custom_ops):
+        config.custom_ops.append("all")
+    config.inductor_compile_config.setdefault("emulate_precision_casts", True)
+    return config
 
 
 class _Overridden:

@@ -4,11 +4,10 @@ vLLM compiles no model on CPU once LoRA is enabled, since the stock LoRA layers 
 each decode step then takes a quarter longer, whether or not any row has an adapter. Here the model
 is compiled as it is without adapters (`punica_cpu.py` adds nothing while it is traced), and the
 runner takes the compiled one for the steps in which no row has one (`vllm_flexft/runner/hook.py`).
-Both run vLLM's own kernels for norms, activations and rotations, so that a request's tokens do not
-depend on which of the two a step was.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from flexft_patches.ledger import Patch, is_patched, mark
@@ -25,8 +24,9 @@ PATCH = Patch(
 )
 
 
-def install() -> None:
-    """Have configs that are built from now on keep the compilation mode. Idempotent."""
+def install(applies: Callable[[Any], bool]) -> None:
+    """Keep the compilation mode of those configs (vLLM's `VllmConfig`) that `applies` picks; others
+    may be of engines without our LoRA layers. Idempotent."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config
@@ -35,13 +35,13 @@ def install() -> None:
 
     @functools.wraps(original.__func__)
     def check_and_update_config(cls: type[CpuPlatform], vllm_config: Any) -> None:
+        if not applies(vllm_config):
+            original(vllm_config)
+            return
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
         try:
             original(vllm_config)
         finally:
             vllm_config.lora_config = lora_config
-        chosen = vllm_config.compilation_config.custom_ops
-        if lora_config is not None and not {"all", "none"} & set(chosen):
-            chosen.append("all")
 
     CpuPlatform.check_and_update_config = classmethod(mark(check_and_update_config))

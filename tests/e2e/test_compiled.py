@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from harness.beside import StepLog, Undisturbed, check_same, job, weights
 from harness.engine import CoServingEngine
 from harness.rooms import work_a_step
@@ -15,12 +16,15 @@ from vllm.config import CompilationMode
 from vllm.model_executor.models.llama import LlamaDecoderLayer
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> CoServingEngine:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def compiled(
+    request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> CoServingEngine:
     return CoServingEngine(
         tiny_llama,
         tmp_path_factory.mktemp("compiled"),
-        max_num_seqs=12,
+        dtype=request.param,
+        max_num_seqs=24,
         enforce_eager=False,
     )
 
@@ -48,7 +52,8 @@ def test_steps_without_chunks_run_the_compiled_model_and_all_answer_and_learn_th
 ) -> None:
     config = compiled.core.vllm_config
     assert config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
-    asks = [Ask(prompt, 24) for prompt in random_prompts(8, 3, (3, 150))]
+    # Long enough: of such answers most tell steps apart that round differently.
+    asks = [Ask(prompt, 48) for prompt in random_prompts(16, 3, (3, 150))]
     compiled.llm.reset_prefix_cache()
     alone = answers(compiled, asks)
     assert not eager_layers
@@ -67,4 +72,5 @@ def test_steps_without_chunks_run_the_compiled_model_and_all_answer_and_learn_th
     assert any(step.mixed and step.chunk_tokens for step in log.steps)
     assert any(step.mixed and not step.chunk_tokens for step in log.steps)
     assert pump.in_order() == alone
-    check_same(weights(tmp_path), undisturbed[0])
+    if config.model_config.dtype == torch.float32:
+        check_same(weights(tmp_path), undisturbed[0])

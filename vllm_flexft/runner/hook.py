@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.custom_op import CustomOp
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
@@ -197,8 +196,6 @@ class CoServeRunnerMixin(_RunnerBase):
                 name: index for index, group in enumerate(groups) for name in group.layer_names
             }
             self._view = served_model(self.get_model(), self.vllm_config, kv_group_of)
-            if self.device.type == "cpu":
-                prefer_kernels(self.get_model())
         if self._stream is None:
             options = self._co_serve.options
             serial, num_sms = not options.overlap_backward, options.backward_sms
@@ -218,14 +215,6 @@ class _PendingOutput(AsyncModelRunnerOutput):
         output = self._pending.get_output()
         setattr(output, RESULT_ATTRIBUTE, self._results)
         return output
-
-
-def prefer_kernels(model: torch.nn.Module) -> None:
-    """Run vLLM's kernels from now on where the model is not compiled; with the compiler on, vLLM
-    has its ops in plain torch, for the compiler to fuse. What is compiled already stays."""
-    for module in model.modules():
-        if isinstance(module, CustomOp):
-            module._forward_method = module.forward_cpu
 
 
 def add_finetuning(runner: Any, config: CoServeConfig) -> None:
