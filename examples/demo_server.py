@@ -56,7 +56,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
-                start_new_session=True,
+                process_group=0,
             )
         return self
 
@@ -101,7 +101,7 @@ class Server:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=STOPPED_IN_S)
         finally:
-            # The group is that of the session started above: API server, engine and worker.
+            # The group started above: API server, engine and worker.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
