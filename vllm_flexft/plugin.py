@@ -8,7 +8,6 @@ that does not ask is left exactly as it is.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 NAME = "flexft"
@@ -172,7 +171,6 @@ def build_engine_config(
     changed = _lora_and_worker(engine_args, carried)
     if current_platform.is_cpu():
         cpu_compile.install(_co_serves)
-        changed["compilation_config"] = _same_bits_compiled(engine_args.compilation_config)
     with _Overridden(engine_args, **changed):
         vllm_config = create()
     support.check_engine_config(vllm_config)
@@ -225,17 +223,6 @@ def _co_serves(vllm_config: VllmConfig) -> bool:
 
     carried = vllm_config.additional_config
     return isinstance(carried, dict) and wiring.requested(carried)
-
-
-def _same_bits_compiled(given: CompilationConfig) -> CompilationConfig:
-    """What the user has chosen, and else that a compiled step computes the bits of one that is not:
-    vLLM's kernels, and rounding where plain torch rounds. Some steps of a co-serving engine on CPU
-    are compiled and some not; a request's tokens must not tell which."""
-    config = copy.deepcopy(given)
-    if not {"all", "none"} & set(config.custom_ops):
-        config.custom_ops.append("all")
-    config.inductor_compile_config.setdefault("emulate_precision_casts", True)
-    return config
 
 
 class _Overridden:

@@ -1,9 +1,8 @@
 """Patch of `CpuPlatform.check_and_update_config`: a CPU model that may have adapters is compiled.
 
 vLLM compiles no model on CPU once LoRA is enabled, since the stock LoRA layers cannot be traced:
-each decode step then takes a quarter longer, whether or not any row has an adapter. Here the model
-is compiled as it is without adapters (`punica_cpu.py` adds nothing while it is traced), and the
-runner takes the compiled one for the steps in which no row has one (`vllm_flexft/runner/hook.py`).
+each decode step then takes a quarter longer, whether or not any row has an adapter. Those of
+`punica_cpu.py` can: to the compiler they are an opaque op.
 """
 
 import functools

@@ -3,13 +3,15 @@
 The stock `PunicaWrapperCPU` gathers the adapter's weights once per token, and lets rows without an
 adapter (index -1) read the last slot, which is wrong as soon as every slot is taken. Here the batch
 is cut into segments, runs of consecutive tokens with the same adapter, and each is one pair of
-GEMMs; rows without an adapter are not touched.
+GEMMs; rows without an adapter are not touched. In compiled code all of that is one op, which finds
+the segments of the step in the wrapper that is `in_use`.
 
 T tokens of a segment, K input features, N output features, R rank, L slices (q, k, v or gate, up).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -72,7 +74,7 @@ class _SlotWeights(NamedTuple):
 class _Layer(NamedTuple):
     """What is known of one layer's stacked weights while they have these versions."""
 
-    stacked: tuple[torch.Tensor, ...]  # held, so that its id is not given to another tensor
+    stacked: tuple[torch.Tensor, ...]  # held, so that no other tensor comes to lie there
     versions: tuple[int, ...]
     slots: dict[int, _SlotWeights | None]
 
@@ -100,7 +102,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
         super().__init__(*args, **kwargs)
         self._token_segments: tuple[Segment, ...] = ()
         self._sampler_segments: tuple[Segment, ...] = ()
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, _Layer] = {}  # by the address of A
 
     def update_metadata(
         self,
@@ -140,7 +142,9 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
             buffer: unused; the intermediate x A^T has the dtype of x.
         """
         if torch.compiler.is_compiling():
-            return  # see cpu_compile.py
+            a, b = list(lora_a_stacked), list(lora_b_stacked)
+            torch.ops.flexft_patches.lora_linear(y, x, a, b, scale, list(output_slices))
+            return
         self._add(self._token_segments, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def add_lora_logits(
@@ -181,6 +185,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
             add_inputs: False writes the term to the rows of y in place of adding it.
         """
         if torch.compiler.is_compiling():
+            torch.ops.flexft_patches.lora_embedding(y, x, lora_b_stacked, add_inputs)
             return
         for start, end, slot in self._token_segments:
             rows = y[start:end]
@@ -218,11 +223,61 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
     def _slots_of(self, lora_a_stacked: tuple[torch.Tensor, ...]) -> dict[int, _SlotWeights | None]:
         """The layer's looked-up slots, emptied when A has been written to since."""
         versions = tuple(a._version for a in lora_a_stacked)
-        layer = self._layers.get(id(lora_a_stacked[0]))
+        key = lora_a_stacked[0].data_ptr()
+        layer = self._layers.get(key)
         if layer is None or layer.versions != versions:
             layer = _Layer(lora_a_stacked, versions, {})
-            self._layers[id(lora_a_stacked[0])] = layer
+            self._layers[key] = layer
         return layer.slots
+
+
+_LIBRARY = torch.library.Library("flexft_patches", "FRAGMENT")
+_LIBRARY.define(
+    "lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, float scale,"
+    " int[] output_slices) -> ()"
+)
+_LIBRARY.define("lora_embedding(Tensor(a!) y, Tensor x, Tensor lora_b, bool add_inputs) -> ()")
+
+# An op takes tensors and numbers only, and the same compiled code may serve several engines of a
+# process: here it finds the wrapper of the one that runs.
+_in_use: SegmentPunicaWrapperCPU | None = None
+
+
+@contextmanager
+def in_use(lora_manager: Any) -> Iterator[None]:
+    """Inside the block forwards are of the model of this `LRUCacheWorkerLoRAManager`."""
+    global _in_use
+    modules = lora_manager._adapter_manager.modules
+    _in_use = next((module.punica_wrapper for module in modules.values()), None)
+    try:
+        yield
+    finally:
+        _in_use = None
+
+
+def _lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    scale: float,
+    output_slices: Sequence[int],
+) -> None:
+    if (wrapper := _in_use) is not None and wrapper._token_segments:
+        stacked = tuple(lora_a), tuple(lora_b)
+        wrapper.add_lora_linear(y, x, *stacked, scale, tuple(output_slices))
+
+
+def _lora_embedding(
+    y: torch.Tensor, x: torch.Tensor, lora_b: torch.Tensor, add_inputs: bool
+) -> None:
+    if (wrapper := _in_use) is not None and wrapper._token_segments:
+        wrapper.add_lora_embedding(y, x, lora_b, add_inputs)
+
+
+for _op in (_lora_linear, _lora_embedding):
+    _LIBRARY.impl(_op.__name__.lstrip("_"), _op, "CompositeExplicitAutograd")
+    _LIBRARY._register_fake(_op.__name__.lstrip("_"), lambda *args: None)
 
 
 def _slot_weights(

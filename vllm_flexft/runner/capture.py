@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vllm_flexft.runner.capture_op import Pick, listen, place
+from vllm_flexft.runner.capture_op import Pick, Sites
 from vllm_flexft.train.activations import ActivationStore, LaneRows
-from vllm_flexft.train.model import ServedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,39 +30,38 @@ class Capture:
     requests share.
     """
 
-    def __init__(self, model: ServedModel, store: ActivationStore) -> None:
+    def __init__(self, sites: Sites, store: ActivationStore) -> None:
+        """`sites`: of the served model, from `place_ops`."""
         self.rows: list[LaneRows] = []
         self.error: Exception | None = None
         self._store = store
-        parts = [
-            (l.input_norm, l.qkv_proj, l.o_proj, l.post_norm, l.gate_up_proj) for l in model.layers
-        ]
-        modules = [[part.module for part in layer] for layer in parts]
         self._ends = [
-            listen(point.module, point.name, point.pick, self._copier(point), before=point.before)
-            for point in _points(modules, model.final_norm.module)
-            if store.holds(point.layer, point.name)
+            sites.listen((layer, name), self._copier(layer, name))
+            for layer, name in sites.keys
+            if store.holds(layer, name)
         ]
 
     def remove(self) -> None:
         while self._ends:
             self._ends.pop()()
 
-    def _copier(self, point: _Point) -> Callable[[Tensor], None]:
-        return lambda source: self._copy(point, source)
+    def _copier(self, layer: int, name: str) -> Callable[[Tensor], None]:
+        return lambda source: self._copy(layer, name, source)
 
-    def _copy(self, point: _Point, source: Tensor) -> None:
+    def _copy(self, layer: int, name: str, source: Tensor) -> None:
         if not self.rows:
             return
         try:
             for rows in self.rows:
-                self._store.write(rows, point.layer, point.name, source)
+                self._store.write(rows, layer, name, source)
         except Exception as error:
             self.error = self.error or error
 
 
-def place_ops(model: nn.Module) -> None:
-    """Make a model that vLLM is going to compile able to be listened to."""
+def place_ops(model: nn.Module) -> Sites:
+    """Make a model, which vLLM may be going to compile, able to be listened to: at the tensors of
+    graph/families.py, by (layer, name)."""
+    sites = Sites()
     inner: Any = model.model
     modules = [
         [
@@ -76,7 +74,8 @@ def place_ops(model: nn.Module) -> None:
         for layer in inner.layers
     ]
     for point in _points(modules, inner.norm):
-        place(point.module, point.name, point.pick, before=point.before)
+        sites.place((point.layer, point.name), point.module, point.pick, before=point.before)
+    return sites
 
 
 def _points(layers: list[list[Any]], final_norm: Any) -> Iterator[_Point]:

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.forward_context import get_forward_context
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
     ModelRunnerOutput,
 )
 
+from flexft_patches import punica_cpu
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, OpenJob, StepPlan, StepResult
+from vllm_flexft.runner.capture import place_ops
+from vllm_flexft.runner.capture_op import Sites
 from vllm_flexft.runner.containment import BlockIds, diverged, zero_blocks
 from vllm_flexft.runner.opened_job import OpenedJob
 from vllm_flexft.runner.touched import touched
@@ -47,6 +49,7 @@ class CoServeRunnerMixin(_RunnerBase):
     _not_opened: dict[str, StepResult]  # by job, of the step under way
     _jobs: dict[str, OpenedJob]
     _view: ServedModel | None
+    _sites: Sites  # of the model, from when it is loaded
     _block_ids: dict[str, BlockIds]  # of this step's chunks
     _stream: BackwardStream | None  # None: no job was opened yet
     _no_rows: bool  # the step under way has no forward
@@ -57,6 +60,11 @@ class CoServeRunnerMixin(_RunnerBase):
         self._not_opened, self._jobs, self._block_ids = {}, {}, {}
         self._view = self._stream = None
         self._no_rows = False
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """The model is compiled when it first runs: the capture ops are in it by then."""
+        super().load_model(*args, **kwargs)
+        self._sites = place_ops(self.get_model())
 
     @torch.inference_mode()
     def execute_model(
@@ -80,6 +88,7 @@ class CoServeRunnerMixin(_RunnerBase):
         try:
             output = super().execute_model(scheduler_output, intermediate_tensors, **options)
         finally:
+            self._sites.close()
             for job in self._jobs.values():
                 job.capture.rows = []
         if output is None:  # sampling comes next; the slices run after it
@@ -96,11 +105,11 @@ class CoServeRunnerMixin(_RunnerBase):
         return bool(self._plans) or any(job.trainer.awaiting for job in self._jobs.values())
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.device.type == "cpu" and self.input_batch.lora_id_to_lora_request:
-            # On CPU the compiled model has no adapters: flexft_patches/cpu_compile.py.
-            get_forward_context().skip_compiled = True
         self._capture_chunks()
-        return super()._model_forward(*args, **kwargs)
+        if self.device.type != "cpu":
+            return super()._model_forward(*args, **kwargs)
+        with punica_cpu.in_use(self.lora_manager):
+            return super()._model_forward(*args, **kwargs)
 
     def _capture_chunks(self) -> None:
         """From here to the end of the forward, the rows of this step's chunks are kept."""
@@ -108,6 +117,7 @@ class CoServeRunnerMixin(_RunnerBase):
             if plan.chunks and (job := self._jobs.get(plan.job_id)) is not None:
                 try:
                     job.capture.rows = self._finetune_rows(plan, job.trainer.store)
+                    self._sites.open()
                 except Exception as error:
                     job.trainer.fail(error)
 
@@ -201,7 +211,9 @@ class CoServeRunnerMixin(_RunnerBase):
             serial, num_sms = not options.overlap_backward, options.backward_sms
             streams = streams_for(self._view.device, serial=serial, num_sms=num_sms)
             self._stream = BackwardStream(streams)
-        self._jobs[setup.job_id] = OpenedJob(setup, self._view, self.lora_manager, self._stream)
+        self._jobs[setup.job_id] = OpenedJob(
+            setup, self._view, self._sites, self.lora_manager, self._stream
+        )
 
 
 class _PendingOutput(AsyncModelRunnerOutput):

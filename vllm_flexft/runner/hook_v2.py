@@ -15,17 +15,12 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE
-from vllm_flexft.runner.capture import place_ops
 from vllm_flexft.runner.hook import CoServeRunnerMixin
 
 
 class CoServeV2RunnerMixin(CoServeRunnerMixin):
     cudagraph_manager: Any
     _input_batch: Any  # vLLM's InputBatch of the step under way
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        place_ops(self.get_model())
 
     @torch.inference_mode()
     def execute_model(

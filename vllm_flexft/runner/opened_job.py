@@ -1,4 +1,4 @@
-"""What a job in training holds on this worker: trainer, capture hooks, LoRA slot."""
+"""What a job in training holds on this worker: trainer, captured tensors, LoRA slot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_flexft.plan import OpenJob
 from vllm_flexft.runner.capture import Capture
+from vllm_flexft.runner.capture_op import Sites
 from vllm_flexft.runner.slots import close_slot, open_slot
 from vllm_flexft.train.adapter import Target
 from vllm_flexft.train.model import LoraSlot, ServedModel
@@ -19,7 +20,12 @@ logger = logging.getLogger("vllm.flexft")
 
 class OpenedJob:
     def __init__(
-        self, setup: OpenJob, view: ServedModel, lora_manager: Any, stream: BackwardStream
+        self,
+        setup: OpenJob,
+        view: ServedModel,
+        sites: Sites,
+        lora_manager: Any,
+        stream: BackwardStream,
     ) -> None:
         """Raises what made opening fail, with everything let go again. `lora_manager` is the
         worker's `LRUCacheWorkerLoRAManager`."""
@@ -33,7 +39,7 @@ class OpenedJob:
         try:
             self.trainer = Trainer(setup, view, make_slots, setup.memory_bytes, stream)
             self._releases.append(self.trainer.close)
-            self.capture = Capture(view, self.trainer.store)
+            self.capture = Capture(sites, self.trainer.store)
             self._releases.append(self.capture.remove)
         except Exception:
             self.close()
