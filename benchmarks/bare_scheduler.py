@@ -167,6 +167,7 @@ class BareEngine:
     def step(self, during: Callable[[Any], None] = lambda output: None) -> Any:
         """One step; `during` is called with what was scheduled, before its result is there."""
         output = self.scheduler.schedule()
+        self.scheduler.get_grammar_bitmask(output)
         during(output)
         self.scheduler.update_from_output(output, self.execute(output))
         return output

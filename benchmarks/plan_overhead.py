@@ -1,13 +1,14 @@
-"""What our scheduler adds to a step of the engine, in microseconds of its `schedule()` and
-`update_from_output()`.
+"""What our scheduler adds to a step of the engine, in microseconds.
 
     python -m benchmarks.plan_overhead [--running 256] [--samples 1000000] [--steps 3000]
 
 The real scheduler without a model: requests decode, a job with so many samples trains beside them,
-and the clock shows what an H200 would take for a model of 8 billion parameters. Each step is
-measured whole, and vLLM's own two calls inside it; the difference is ours. The last line is JSON:
-{"plan_us_p50": x, "plan_us_p99": y, ...}. `vllm_us_p50` is what vLLM's own two calls take: a
-virtual machine may be twice as slow in one minute as in the next, and both change with it.
+and the clock shows what an H200 would take for a model of 8 billion parameters. The engine's
+calls are measured whole, and vLLM's own calls inside them; the difference is ours. The last line is
+JSON: {"plan_us_p50": x, "plan_us_p99": y, ...}. `plan_us` is of `schedule()` and
+`update_from_output()`, between which the worker has the step, and which it waits for; `ahead_us` of
+`get_grammar_bitmask()`, while it computes. `vllm_us_p50` is what vLLM's own calls take: a virtual
+machine may be twice as slow in one minute as in the next, and both change with it.
 """
 
 from __future__ import annotations
@@ -49,10 +50,16 @@ def clock(module: Any) -> Iterator[SimpleNamespace]:
 
 
 class Stopwatch:
-    """Time in some methods of an object's base class, as a part of that in the object's own."""
+    """Time in an object's methods, and of it in those of its base class."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+
+    def call(self, method: Any, *args: Any) -> tuple[Any, float, float]:
+        """The result, and seconds outside and inside of the base class."""
+        self.seconds, started = 0.0, time.perf_counter()
+        result = method(*args)
+        return result, time.perf_counter() - started - self.seconds, self.seconds
 
     def around(self, cls: Any, name: str) -> None:
         method = getattr(cls, name)
@@ -81,7 +88,8 @@ def measure_planning(
     length = prompt + WARM_STEPS + steps + 64
     blocks = num_running * -(-length // 16) + 4096
     inner = Stopwatch()
-    originals = {name: getattr(Scheduler, name) for name in ("schedule", "update_from_output")}
+    timed = ("schedule", "update_from_output", "get_grammar_bitmask")
+    originals = {name: getattr(Scheduler, name) for name in timed}
     with tempfile.TemporaryDirectory() as folder, clock(ours) as shown:
         engine = BareEngine(
             Path(folder) / "model",
@@ -100,24 +108,22 @@ def measure_planning(
             lengths = rng.integers(64, 512, num_samples)
             job = prepared_job(lengths, Path(folder) / "out", **endless)
             engine.train(job)
-            added, theirs, tokens = np.zeros(steps), np.zeros(steps), engine.worker.tokens
+            added, ahead, theirs = np.zeros(steps), np.zeros(steps), np.zeros(steps)
+            tokens, scheduler = engine.worker.tokens, engine.scheduler
             gc.collect()
             gc.freeze()  # as vLLM does once its engine is up
             for step in range(-WARM_STEPS, steps):
-                inner.seconds = 0.0
-                started = time.perf_counter()
-                output = engine.scheduler.schedule()
-                spent = time.perf_counter() - started
+                output, before, theirs_before = inner.call(scheduler.schedule)
+                _, meanwhile, _ = inner.call(scheduler.get_grammar_bitmask, output)
                 result = engine.execute(output)
-                running = next(iter(engine.scheduler._pacer._running.values()), None)
+                running = next(iter(scheduler._pacer._running.values()), None)
                 took = float(H200_8B @ running.features) if running is not None else 0.0
                 shown.now += max(took, 1e-4) * float(np.exp(0.03 * rng.standard_normal()))
-                started = time.perf_counter()
-                engine.scheduler.update_from_output(output, result)
-                spent += time.perf_counter() - started
+                _, after, theirs_after = inner.call(scheduler.update_from_output, output, result)
                 if step >= 0:
-                    added[step], theirs[step] = spent - inner.seconds, inner.seconds
-            decoding = len(engine.scheduler.running)
+                    added[step], ahead[step] = before + after, meanwhile
+                    theirs[step] = theirs_before + theirs_after
+            decoding = len(scheduler.running)
             tokens = engine.worker.tokens - tokens
             features = len(Feature)
         finally:
@@ -127,11 +133,17 @@ def measure_planning(
             engine.close()
     assert decoding == num_running, f"{decoding} of {num_running} requests run"
     assert features == len(H200_8B)
+
+    def percentile(seconds: np.ndarray, percent: int) -> float:
+        return round(1e6 * float(np.percentile(seconds, percent)), 1)
+
     return {
-        "plan_us_p50": round(1e6 * float(np.percentile(added, 50)), 1),
-        "plan_us_p99": round(1e6 * float(np.percentile(added, 99)), 1),
+        "plan_us_p50": percentile(added, 50),
+        "plan_us_p99": percentile(added, 99),
         "plan_us_mean": round(1e6 * float(added.mean()), 1),
-        "vllm_us_p50": round(1e6 * float(np.percentile(theirs, 50)), 1),
+        "ahead_us_p50": percentile(ahead, 50),
+        "ahead_us_p99": percentile(ahead, 99),
+        "vllm_us_p50": percentile(theirs, 50),
         "finetune_tokens_a_step": round(tokens / (steps + WARM_STEPS), 1),
         "updates": engine.worker.updates,
     }

@@ -152,6 +152,7 @@ class Simulation:
     def _step(self, start: float) -> None:
         began, scheduler = self.clock.now, self.engine.scheduler
         output = scheduler.schedule()
+        scheduler.get_grammar_bitmask(output)
         work = self.workload.of(scheduler, output)
         alone = {r: n for r, n in output.num_scheduled_tokens.items() if r in scheduler.requests}
         rows = tuple(

@@ -95,6 +95,18 @@ def test_step_outside_of_the_run_is_refused(step: int) -> None:
         BatchOrder(10, 4, seed=0, num_train_epochs=2).rows(step)
 
 
+def test_an_epoch_drawn_ahead_is_the_same_and_is_not_drawn_again() -> None:
+    ahead, late = (BatchOrder(100_000, 50_000, seed=3, num_train_epochs=3) for _ in range(2))
+    for step in range(6):
+        ahead.draw_after(step)
+        permutations = dict(ahead._permutations)
+        assert ahead.rows(step) == late.rows(step)
+        if step >= 2:  # the run's first epoch was drawn by its first step
+            assert ahead._permutations.keys() == permutations.keys()
+        assert len(permutations) <= 3
+    assert max(ahead._permutations) == 2, "no epoch after the last"
+
+
 def test_million_rows_cost_one_permutation_an_epoch() -> None:
     order = BatchOrder(1_000_000, 8, seed=0, num_train_epochs=1)
     order.rows(0)

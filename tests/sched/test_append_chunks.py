@@ -77,8 +77,8 @@ def test_a_failure_half_way_leaves_the_step_as_vllm_made_it(
 
 def test_nothing_of_ours_hides_a_method_or_an_attribute_of_vllms_scheduler():
     wanted = {
-        "has_requests", "reset_prefix_cache", "schedule", "set_pause_state", "shutdown",
-        "update_from_output",
+        "get_grammar_bitmask", "has_requests", "reset_prefix_cache", "schedule",
+        "set_pause_state", "shutdown", "update_from_output",
     }  # fmt: skip
     shared = {name for name in vars(CoServeMixin) if hasattr(AsyncScheduler, name)}
     assert {name for name in shared if not name.startswith("__")} == wanted

@@ -120,9 +120,10 @@ def drive(
     room: Callable[[int], Room],
     before_step: Callable[[int], None] = lambda step: None,
     delay: int = 0,
+    prepared: Callable[[int], bool] = lambda step: False,
 ) -> list[Any]:
     """Plan and run steps until the final adapter is written; results come `delay` steps later, as
-    with vLLM's asynchronous scheduling."""
+    with vLLM's asynchronous scheduling. `prepared`: whether the next plan is, in that step."""
     records: list[Any] = []
     late: list[StepResult] = []
     for step in range(5000):
@@ -137,6 +138,8 @@ def drive(
             assert len(plan.chunks) <= min(rows, MAX_ROWS)
             assert idle or given_room.spent <= units + 1e-9
             late.append(keeper.run(plan, work))
+        if prepared(step):
+            run.prepare(lender)
         while len(late) > delay or (planned is None and late):
             records += run.on_result(late.pop(0))
         if any(getattr(r, "written", None) and r.written.final for r in records):
@@ -162,10 +165,14 @@ rooms = st.lists(
     derandomize=True, max_examples=80, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(lengths, rooms, st.lists(st.integers(0, 200), max_size=20), st.sampled_from([0, 1]))
+@given(
+    lengths, rooms, st.lists(st.integers(0, 200), max_size=20), st.sampled_from([0, 1]),
+    st.sampled_from([0, 1, 3]),
+)  # fmt: skip
 def test_every_step_trains_on_its_rows_once_whatever_the_load(
-    prepare: Any, make_manager: Any, lengths: list, rooms: list, releases: list, delay: int
-) -> None:
+    prepare: Any, make_manager: Any, lengths: list, rooms: list, releases: list, delay: int,
+    prepared_every: int,
+) -> None:  # fmt: skip
     """Random rooms and random memory pressure: rows, order, updates and blocks come out right."""
     prepared = prepare(lengths, valid=[30, 20], every_steps=2, save_steps=2, max_steps=4)
     manager = make_manager(20)
@@ -183,7 +190,10 @@ def test_every_step_trains_on_its_rows_once_whatever_the_load(
             return plenty(step)
         return unit_room(units, tokens=tokens, rows=rows, idle=idle, costs=COSTS)
 
-    records = drive(run, keeper, lender, room, release, delay)
+    def prepared_in(step: int) -> bool:
+        return prepared_every > 0 and step % prepared_every == 0
+
+    records = drive(run, keeper, lender, room, release, delay, prepared_in)
 
     assert keeper.updates == [0, 1, 2, 3]
     for step in range(4):
@@ -201,6 +211,47 @@ def test_every_step_trains_on_its_rows_once_whatever_the_load(
     while run.release_blocks(lender):
         pass
     assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_what_is_prepared_is_what_would_have_been_planned(prepare: Any, make_manager: Any) -> None:
+    """Two runs of the same job, one of them prepared after each plan."""
+    prepared = [prepare([20, 70, 5, 33, 90, 12], valid=[30], max_steps=4) for _ in range(2)]
+    runs = [(new_run(one), KVLender(make_manager(64), 2), BookKeeper(one)) for one in prepared]
+    finals = 0
+    for step in range(200):
+        told = []
+        for ahead, (run, lender, keeper) in enumerate(runs):
+            planned = run.plan(
+                unit_room(40.0 + step % 3, tokens=40, rows=2, idle=False, costs=COSTS), lender
+            )
+            if ahead:
+                run.prepare(lender)
+            if planned is None:
+                told.append(None)
+                continue
+            plan, work = planned
+            tokens = [prompt.token_ids.tolist() for prompt in work.prompts]
+            slices = [(part.micro_batch, part.count) for part in plan.backward]
+            begun = [(batch.id, batch.lane, batch.offsets, batch.train) for batch in plan.begin]
+            save = None if plan.save is None else (plan.save.step, plan.save.final)
+            told.append((begun, plan.chunks, tokens, slices, plan.optimizer_step, save))
+            run.on_result(keeper.run(plan, work))
+            finals += plan.save is not None and plan.save.final
+        assert told[0] == told[1]
+        if finals == 2:
+            return
+    raise AssertionError("not done")
+
+
+def test_nothing_is_borrowed_ahead_while_no_chunks_fit(prepare: Any, make_manager: Any) -> None:
+    manager = make_manager(64)
+    run, lender = new_run(prepare([60] * 4)), KVLender(manager, 0)
+    run.plan(plenty(0), lender)
+    run.on_result(StepResult("job", opened=True))
+    for _ in range(3):
+        assert run.plan(unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender) is None
+        run.prepare(lender)
+        assert manager.block_pool.get_num_free_blocks() == 64
 
 
 def test_short_sequences_share_a_micro_batch(prepare: Any, make_manager: Any) -> None:

@@ -17,7 +17,7 @@ def test_amounts_are_those_of_the_slices_that_the_grid_runs(lowest_layer: int) -
     grid = BackwardGrid(tokens, Windows(layer=32, loss=20), LAYERS, lowest_layer)
     supervised = np.random.default_rng(0).random(tokens) < 0.7
     batch = MicroBatch(1, 0, np.zeros(tokens, np.int32), supervised, OFFSETS, 1.0, True)
-    amounts = SliceAmounts(grid, batch)
+    amounts = SliceAmounts(grid, batch.supervised, batch.offsets)
     rows = layer_tokens = keys = 0
     for index in range(grid.num_slices):
         assert amounts.before(index) == (rows, layer_tokens, keys)

@@ -39,13 +39,12 @@ class BatchOrder:
         self.total_steps = (
             max_steps if max_steps > 0 else math.ceil(num_train_epochs * self.steps_per_epoch)
         )
-        self._epoch_in_cache = -1
-        self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._permutations: dict[int, npt.NDArray[np.int64]] = {}  # of the last epochs
 
     def rows(self, step: int) -> list[int]:
         """Sequences of optimizer step `step`, counted from 0: indices into the dataset.
 
-        O(batch) but for the first step of an epoch, which draws the epoch's permutation.
+        O(batch), but for the first step of an epoch that was not drawn before.
         """
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of {self.total_steps}")
@@ -54,18 +53,28 @@ class BatchOrder:
         end = min(begin + self.batch_size, self.num_rows)
         if not self.shuffle:
             return list(range(begin, end))
-        result: list[int] = self._permutation_of(epoch)[begin:end].tolist()
+        self._draw(epoch)
+        result: list[int] = self._permutations[epoch][begin:end].tolist()
         return result
 
     def epoch(self, step: int) -> float:
         """Epochs done when `step` optimizer steps are done, as Trainer logs them."""
         return step / self.steps_per_epoch
 
-    def _permutation_of(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch != self._epoch_in_cache:
-            # Sorting raw draws, in place of Generator.permutation, whose result may change with
-            # NumPy's version (NEP 19): a resume may run under another one.
-            draws = np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows)
-            self._permutation = np.argsort(draws, kind="stable")
-            self._epoch_in_cache = epoch
-        return self._permutation
+    def draw_after(self, step: int) -> None:
+        """Have the order of the epoch after that of `step` ready. From any thread: a million rows
+        take a tenth of a second, for which a step must not wait."""
+        epoch = step // self.steps_per_epoch + 1
+        if epoch * self.steps_per_epoch < self.total_steps:
+            self._draw(epoch)
+
+    def _draw(self, epoch: int) -> None:
+        if not self.shuffle or epoch in self._permutations:
+            return
+        # Sorting raw draws, in place of Generator.permutation, whose result may change with
+        # NumPy's version (NEP 19): a resume may run under another one.
+        draws = np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows)
+        self._permutations[epoch] = np.argsort(draws, kind="stable")
+        for drawn in list(self._permutations):
+            if drawn < epoch - 1:
+                del self._permutations[drawn]

@@ -36,11 +36,15 @@ class LeasedJob:
         elif isinstance(record, WrittenRecord):
             self._announce(record)
         else:
-            metrics = self._reporter.log(record)
+            metrics, order = self._reporter.log(record), self.prepared.order
             if metrics is not None:
-                total_steps = self.prepared.order.total_steps
+                order.draw_after(record.step)
                 self._store.progress(
-                    self.prepared.job_id, metrics["step"], total_steps, metrics, owner=self._owner
+                    self.prepared.job_id,
+                    metrics["step"],
+                    order.total_steps,
+                    metrics,
+                    owner=self._owner,
                 )
 
     def finish(self) -> None:

@@ -28,35 +28,31 @@ class ScheduledSequence:
 
 
 class ScheduledMicroBatch:
-    """Owns its sequences' KV blocks from the first chunk until its last slice has run."""
+    """Owns its sequences' KV blocks from the first chunk until its last slice has run.
+
+    It is made ahead of the step in which it begins; `enter` then gives it its lane.
+    """
+
+    spec: MicroBatch  # what the worker is told, from `enter` on
 
     def __init__(
         self,
         batch_id: int,
         sequences: list[TrainingSequence],
         *,
-        step: int,
-        lane: int,
         loss_scale: float,
         train: bool,
         kv_prefix: str,  # of the names of its blocks, unlike any other job's
         grid_of: tuple[Windows, int, int],  # num_layers, lowest_layer
     ) -> None:
-        self.step, self.lane = step, lane
+        self.id = batch_id
         lengths = [len(s.token_ids) for s in sequences]
         offsets = (0, *itertools.accumulate(lengths))
         # The last one is read as the token after a chunk that ends the last sequence.
         self._token_ids = np.zeros(offsets[-1] + 1, dtype=np.int32)
         np.concatenate([s.token_ids for s in sequences], out=self._token_ids[:-1])
-        self.spec = MicroBatch(
-            id=batch_id,
-            lane=lane,
-            token_ids=self._token_ids[:-1],
-            supervised=np.concatenate([s.supervised for s in sequences]),
-            offsets=offsets,
-            loss_scale=loss_scale,
-            train=train,
-        )
+        self._supervised = np.concatenate([s.supervised for s in sequences])
+        self._offsets, self._loss_scale, self._train = offsets, loss_scale, train
         windows, num_layers, lowest = grid_of
         self.grid = BackwardGrid(
             num_tokens=offsets[-1],
@@ -64,7 +60,7 @@ class ScheduledMicroBatch:
             num_layers=num_layers,
             lowest_layer=lowest if train else num_layers,
         )
-        self.amounts = SliceAmounts(self.grid, self.spec)
+        self.amounts = SliceAmounts(self.grid, self._supervised, offsets)
         self.sequences = [
             ScheduledSequence(
                 row=offset,
@@ -77,6 +73,21 @@ class ScheduledMicroBatch:
         self.slices_done = 0
         self.begun = False  # the worker knows it
         self.located = False  # the worker knows where its keys and values lie
+
+    def enter(self, lane: int) -> None:
+        self.spec = MicroBatch(
+            id=self.id,
+            lane=lane,
+            token_ids=self._token_ids[:-1],
+            supervised=self._supervised,
+            offsets=self._offsets,
+            loss_scale=self._loss_scale,
+            train=self._train,
+        )
+
+    @property
+    def lane(self) -> int:
+        return self.spec.lane
 
     @property
     def forwarded(self) -> bool:
@@ -108,7 +119,7 @@ class ScheduledMicroBatch:
         Slices that ran stay done: the worker keeps their gradients, and running the forward again
         with the same weights restores the keys and values that later slices read.
         """
-        held = any(s.kv.num_tokens for s in self.sequences)
+        held = any(s.kv.num_blocks for s in self.sequences)
         for sequence in self.sequences:
             lender.free(sequence.kv)
         self.located = False

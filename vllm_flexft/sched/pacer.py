@@ -5,6 +5,7 @@ and in the simulator. Time is passed in, nothing is read from a clock or from vL
 
     room = pacer.room(now, load, tokens=..., rows=...)  # planning draws it down
     pacer.planned(key, now, load, room)                 # once a step, with or without finetuning
+    pacer.learn()                                       # while it runs
     pacer.finished(key, now)                            # when its output is there
 """
 
@@ -65,13 +66,18 @@ class Pacer:
 
     @property
     def model(self) -> LatencyModel:
-        """With what the finished steps teach. They are learnt when it is asked for: straight
-        before planning reads the same numbers, which are then still in the caches."""
+        """With what the finished steps teach."""
+        self.learn()
+        return self._model
+
+    def learn(self) -> None:
+        """Take in what the finished steps teach. For a time at which nobody waits: it takes as long
+        as a plan."""
         if self._to_learn:
             for features, seconds in self._to_learn:
                 self._model.observe(features, seconds)
             self._to_learn.clear()
-        return self._model
+            _ = self._model.costs  # for the next plan
 
     @property
     def num_in_flight(self) -> int:
@@ -82,11 +88,13 @@ class Pacer:
         self, now: float, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True
     ) -> Room:
         """What finetuning may do in a step; `tokens`, `rows`: what inference left of them."""
+        if not load.num_tokens:
+            self.learn()
         start = self._start(now)
         budget = allow(
             load,
             self._objectives,
-            self.model,
+            self._model,
             due_s=self.tokens.due(start) - start,
             share_credit=self._share_credit,
         )
@@ -95,7 +103,7 @@ class Pacer:
 
     def _prices(self, budget: Budget) -> tuple[Sequence[float], StepEstimate | None]:
         """What work is charged at in a step, and the estimate of the whole step if that is less."""
-        model = self.model
+        model = self._model
         if self._num_refused >= PROBE_AFTER:
             return model.prices(optimistic=True).tolist(), None
         if budget.idle and model.num_observed >= SCALING_STEPS:
@@ -167,8 +175,8 @@ class Pacer:
             self.trace.finished(step.record, now - start)
         if step.learn:
             self._to_learn.append((step.features, now - start))
-            if len(self._to_learn) >= MOST_TO_LEARN:  # nobody plans
-                _ = self.model
+            if len(self._to_learn) >= MOST_TO_LEARN:
+                self.learn()
 
     def idle(self) -> None:
         """The engine is about to wait for work: what passes until the next step is not its time."""
@@ -183,7 +191,7 @@ class Pacer:
         features: Sequence[float],
         blocks: tuple[int, int],
     ) -> int:
-        predicted, bound = self.model.predict(features)
+        predicted, bound = self._model.predict(features)
         budget = NO_BUDGET if room is None else room.budget
         return trace.add(
             now,

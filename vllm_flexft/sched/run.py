@@ -9,9 +9,10 @@ waits for the worker: progress is what was planned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vllm_flexft.config import FinetuneJob
+from vllm_flexft.data.dataset import TrainingSequence
 from vllm_flexft.plan import (
     BackwardSlices,
     Chunk,
@@ -33,6 +34,26 @@ MIN_CHUNK = 16  # tokens; a smaller one costs more in overhead than it moves
 GOOD_CHUNK = 64  # tokens; fewer are left for a later step when this one has other work
 
 
+@dataclass(frozen=True, slots=True)
+class _StepRows:
+    """What an optimizer step trains on."""
+
+    step: int
+    sequences: list[TrainingSequence]
+    num_targets: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, prepared: PreparedJob, step: int) -> _StepRows:
+        sequences = [prepared.train[row] for row in prepared.order.rows(step)]
+        return cls(
+            step,
+            sequences,
+            num_targets=sum(s.num_targets for s in sequences),
+            num_tokens=sum(len(s.token_ids) for s in sequences),
+        )
+
+
 class FinetuneRun:
     def __init__(
         self, prepared: PreparedJob, limits: Limits, num_layers: int, base_model: str, lora_id: int
@@ -47,9 +68,12 @@ class FinetuneRun:
         self.short_of_blocks = False  # and had nothing else to do in its last turn
         self.waiting_for_writer = False  # all is planned; only the final adapter is awaited
         self._opened = self._open_sent = False
+        self._chunks_flow = False  # the last plan had some: blocks may be borrowed ahead of need
         self._next_id = 0
         self._chunk_id = 0
-        self._queue = MicroBatchQueue((), limits)  # micro-batches not yet begun
+        self._queue = MicroBatchQueue((), limits)  # micro-batches not yet made
+        self._made: ScheduledMicroBatch | None = None  # the next to begin
+        self._next_rows: _StepRows | None = None  # of the next optimizer step
         self._loss_scale = 0.0
         self._step_input_tokens = 0
         self._active: list[ScheduledMicroBatch] = []
@@ -72,7 +96,7 @@ class FinetuneRun:
 
     def on_result(self, result: StepResult) -> list[Record]:
         self._opened = self._opened or result.opened
-        planned = self._evaluating and not self._queue and not self._active
+        planned = self._evaluating and not self._to_begin and not self._active
         return self.progress.on_result(result, all_evaluation_planned=planned)
 
     # ---- planning
@@ -95,6 +119,7 @@ class FinetuneRun:
             if room.exhausted or not self._advance(work, room, lender, reclaim):
                 break
         self.short_of_blocks = work.empty and work.refused_blocks
+        self._chunks_flow = bool(work.chunks)
         if work.empty and not self.waiting_for_writer:
             return None
         plan = StepPlan(
@@ -107,6 +132,19 @@ class FinetuneRun:
             wait_for_writer=self.waiting_for_writer and room.idle and room.sole_job,
         )
         return plan, work
+
+    def prepare(self, lender: KVLender) -> None:
+        """Make what the next plans will ask for, while nobody waits."""
+        if self._chunks_flow:
+            batch = self._forwarding or self._begin_next()
+            for sequence in batch.unforwarded() if batch is not None else ():
+                if not lender.borrow(sequence.kv):
+                    break
+        if self._made is None and self._queue:
+            self._made = self._make_next()
+        step = self.step if self._after_update else self.step + 1
+        if step < self.total_steps and (self._next_rows is None or self._next_rows.step != step):
+            self._next_rows = _StepRows.of(self.prepared, step)
 
     def release_blocks(self, lender: KVLender) -> bool:
         """Inference needs memory: the youngest micro-batch with blocks gives them up."""
@@ -130,12 +168,12 @@ class FinetuneRun:
         progress = False
         if self._active and self._active[0].forwarded:
             progress = self._plan_slices(self._active[0], work, room)
-        batch = next((batch for batch in self._active if not batch.forwarded), None)
-        if batch is None and self._queue and room.may_begin:
+        batch = self._forwarding
+        if batch is None and room.may_begin:
             batch = self._begin_next()
         if batch is not None:
             progress = self._plan_chunks(batch, work, room, lender, reclaim) or progress
-        if self._active or self._queue:
+        if self._active or self._to_begin:
             return progress
         return self._close_phase(work, room) or progress
 
@@ -145,12 +183,12 @@ class FinetuneRun:
             return False
         batch.slices_done += count
         located, batch.located = batch.located, True
-        if located and work.backward and work.backward[-1].micro_batch == batch.spec.id:
+        if located and work.backward and work.backward[-1].micro_batch == batch.id:
             last = work.backward[-1]
             work.backward[-1] = replace(last, count=last.count + count)
         else:
             block_ids = None if located else batch.block_ids
-            work.backward.append(BackwardSlices(batch.spec.id, count, block_ids))
+            work.backward.append(BackwardSlices(batch.id, count, block_ids))
         if batch.finished:
             self._active.remove(batch)
             self._retired.append(batch)
@@ -204,28 +242,42 @@ class FinetuneRun:
             planned = True
         return planned
 
+    @property
+    def _to_begin(self) -> bool:
+        """Micro-batches of the phase are left."""
+        return self._made is not None or bool(self._queue)
+
+    @property
+    def _forwarding(self) -> ScheduledMicroBatch | None:
+        """The micro-batch whose forward is not through."""
+        return next((batch for batch in self._active if not batch.forwarded), None)
+
     def _begin_next(self) -> ScheduledMicroBatch | None:
-        """None without a free lane: it is free again only in the step after its last slices were
-        planned, since in the step itself the forward runs before the slices."""
+        """None without one, or without a free lane: that is free again only in the step after its
+        last slices were planned, since in the step itself the forward runs before the slices."""
+        if not self._to_begin:
+            return None
         used = {batch.lane for batch in (*self._active, *self._retired)}
         lane = next((i for i in range(self.limits.num_lanes) if i not in used), None)
         if lane is None:
             return None
-        self._next_id += 1
+        batch, self._made = self._made or self._make_next(), None
+        batch.enter(lane)
         if self._evaluating:
-            self.progress.eval_batch_planned(self._next_id)
-        batch = ScheduledMicroBatch(
+            self.progress.eval_batch_planned(batch.id)
+        self._active.append(batch)
+        return batch
+
+    def _make_next(self) -> ScheduledMicroBatch:
+        self._next_id += 1
+        return ScheduledMicroBatch(
             self._next_id,
             self._queue.pop(),
-            step=self.step,
-            lane=lane,
             loss_scale=self._loss_scale,
             train=not self._evaluating,
             kv_prefix=f"{self.lora_id}-",
             grid_of=(self.limits.windows, self._num_layers, self.limits.lowest_layer),
         )
-        self._active.append(batch)
-        return batch
 
     # ---- optimizer steps and what follows them
 
@@ -233,18 +285,17 @@ class FinetuneRun:
         if self.step >= self.total_steps or self.progress.out_of_patience:
             self._after_update = True  # a resume found every step done: only publish
             return
-        rows = self.prepared.order.rows(self.step)
-        sequences = [self.prepared.train[row] for row in rows]
-        targets = sum(s.num_targets for s in sequences)
-        tokens = sum(len(s.token_ids) for s in sequences)
-        self._loss_scale = 1.0 / targets
-        self.counters.num_tokens += targets
-        self.counters.num_input_tokens += tokens
-        self._step_input_tokens = tokens
+        rows, self._next_rows = self._next_rows, None
+        if rows is None or rows.step != self.step:
+            rows = _StepRows.of(self.prepared, self.step)
+        self._loss_scale = 1.0 / rows.num_targets
+        self.counters.num_tokens += rows.num_targets
+        self.counters.num_input_tokens += rows.num_tokens
+        self._step_input_tokens = rows.num_tokens
         rate = self.job.training.learning_rate_at(self.step, self.total_steps)
         epoch = self.prepared.order.epoch(self.step + 1)
-        self.progress.step_planned(self.step, epoch, rate, tokens)
-        self._queue = MicroBatchQueue(sequences, self.limits)
+        self.progress.step_planned(self.step, epoch, rate, rows.num_tokens)
+        self._queue = MicroBatchQueue(rows.sequences, self.limits)
 
     def _close_phase(self, work: PlannedWork, room: Room) -> bool:
         """All micro-batches of the phase are planned: update, evaluate, save, go on."""

@@ -31,6 +31,11 @@ class RunSet:
         del self._runs[run.job_id]
         self._share.remove(run.job_id)
 
+    @property
+    def short_of_blocks(self) -> bool:
+        """One waits for blocks: they are not for the others."""
+        return any(run.short_of_blocks for run in self._runs.values())
+
     def in_turn(self) -> list[FinetuneRun]:
         """Who has had least for its weight goes first and may fill the step; the next ones take
         what it leaves."""

@@ -147,6 +147,19 @@ class CoServeMixin(_SchedulerBase):
         self._pacer.planned(id(output), entered, load, room, measurable=learn, blocks=blocks)
         return output
 
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine asks for it when the worker has the step: what the next plans need, and can be
+        had before, is done while it computes."""
+        bitmask = super().get_grammar_bitmask(*args, **kwargs)
+        self._pacer.learn()
+        if self._may_finetune() and not self._runs.short_of_blocks:
+            for run in self._runs:
+                try:
+                    run.prepare(self._lender)
+                except Exception as error:
+                    self._fail(run, error)
+        return bitmask
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:

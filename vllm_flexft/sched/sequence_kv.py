@@ -54,12 +54,17 @@ class KVLender:
 
         All that the sequence will need, where there are so many: its next chunk then asks for none.
         """
-        end, length = sequence.num_tokens + num_tokens, sequence.num_prompt_tokens
+        end = sequence.num_tokens + num_tokens
         if end > sequence.num_computed_tokens:
-            if not (self._allocate(sequence, length) or self._allocate(sequence, end)):
+            if not (self.borrow(sequence) or self._allocate(sequence, end)):
                 return False
         sequence.num_tokens = end
         return True
+
+    def borrow(self, sequence: SequenceKV) -> bool:
+        """All blocks of a sequence; False when inference may need them."""
+        length = sequence.num_prompt_tokens
+        return length == sequence.num_computed_tokens or self._allocate(sequence, length)
 
     def _allocate(self, sequence: SequenceKV, tokens: int) -> bool:
         """Blocks for the first `tokens`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_flexft.graph.grid import BackwardGrid
-from vllm_flexft.plan import MicroBatch
 
 Amounts = tuple[int, int, int]  # Feature.LOSS, LAYER, LAYER_CONTEXT
 
@@ -15,16 +15,19 @@ Amounts = tuple[int, int, int]  # Feature.LOSS, LAYER, LAYER_CONTEXT
 class SliceAmounts:
     """Only of the loss and of one layer: all layers are alike."""
 
-    def __init__(self, grid: BackwardGrid, batch: MicroBatch) -> None:
+    def __init__(
+        self, grid: BackwardGrid, supervised: npt.NDArray[np.bool_], offsets: tuple[int, ...]
+    ) -> None:
+        """`supervised`, `offsets`: of the micro-batch, see plan.MicroBatch."""
         self.num_slices = grid.num_slices
         tokens, windows = grid.num_tokens, grid.windows
-        targets = batch.supervised[1:]  # row t predicts token t + 1
+        targets = supervised[1:]  # row t predicts token t + 1
         self._rows = _sums(
             [int(np.count_nonzero(targets[a:b])) for a, b in _borders(tokens, windows.loss)]
         )
         layer = _borders(tokens, windows.layer)
         self._tokens = _sums([b - a for a, b in layer])
-        self._keys = _sums([_keys(batch.offsets, b) - _keys(batch.offsets, a) for a, b in layer])
+        self._keys = _sums([_keys(offsets, b) - _keys(offsets, a) for a, b in layer])
 
     def before(self, slices: int) -> Amounts:
         """Of the first so many slices: rows of the loss, tokens x layers, keys x layers."""
