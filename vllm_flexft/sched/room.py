@@ -101,6 +101,8 @@ class Room:
         begun = price(done)
         later = range(done + 1, amounts.num_slices + 1)
         count = bisect.bisect_right(later, begun + self.seconds, key=price)
+        if count < len(later):
+            count += self._rounds_up(price(done + count) - begun, price(done + count + 1) - begun)
         if not count:
             first = price(done + 1) - begun
             if not self._may_exceed(first):
@@ -112,6 +114,13 @@ class Room:
         work = [(f, b - a) for f, a, b in zip(features, before, after, strict=True)]
         self._take(work, price(done + count) - begun)
         return count
+
+    def _rounds_up(self, short: float, long: float) -> bool:
+        """Slices that cost `short` fit, with one more `long`: were that never taken, half a slice of
+        every step would be lost. Where more than half of it fits, what requests have saved pays for
+        the rest."""
+        over = long - self.seconds
+        return 2.0 * over <= long - short and over <= self.budget.credit and self.seconds > 0.0
 
     def fit_chunk(self, context: int, remaining: int, smallest: int) -> int:
         """Tokens of a chunk that follows `context` tokens of its sequence; 0 if fewer than

@@ -53,39 +53,33 @@ class Costs:
 class StepEstimate:
     """Expected seconds of a step, and their upper bound."""
 
-    __slots__ = ("_costs", "_cross", "_spread", "mean", "upper")
+    __slots__ = ("_costs", "_spread", "_work", "mean", "upper")
 
     def __init__(self, costs: Costs, work: Work) -> None:
         self._costs = costs
         self.mean = 0.0
         self._spread = 0.0  # x P x, x being the amounts relative to their prior costs
-        self._cross = [0.0] * len(costs.theta)  # P x
+        self._work: list[tuple[int, float]] = []  # features, and x
         self.upper = 0.0
         self.add(work)
 
     def add(self, work: Work) -> None:
-        self.mean, self._spread, self.upper = self._with(work)
-        costs, cross = self._costs, self._cross
-        for i, amount in work:
-            x = amount * costs.prior[i]
-            cross = [c + x * p for c, p in zip(cross, costs.p[i], strict=True)]
-        self._cross = cross
+        self.mean, self._spread, self.upper, self._work = self._with(work)
 
     def upper_with(self, work: Work) -> float:
         """The bound with that as well, which is not added."""
         return self._with(work)[2]
 
-    def _with(self, work: Work) -> tuple[float, float, float]:
-        costs, cross = self._costs, self._cross
-        mean, spread = self.mean, self._spread
-        before: list[tuple[int, float]] = []
+    def _with(self, work: Work) -> tuple[float, float, float, list[tuple[int, float]]]:
+        costs, mean, spread = self._costs, self.mean, self._spread
+        done = self._work.copy()
         for i, amount in work:
             x, row = amount * costs.prior[i], costs.p[i]
-            half = cross[i] + 0.5 * x * row[i]
-            for j, y in before:
+            half = 0.5 * x * row[i]
+            for j, y in done:
                 half += y * row[j]
             mean += costs.theta[i] * x
             spread += 2.0 * x * half
-            before.append((i, x))
+            done.append((i, x))
         variance = max(0.0, spread) + (costs.noise * mean) ** 2 + JITTER_S**2
-        return mean, spread, mean + costs.bound * variance**0.5
+        return mean, spread, mean + costs.bound * variance**0.5, done

@@ -24,6 +24,7 @@ class TokenTimes:
         self._tpot_s = tpot_s
         self._num_steps = 0
         self._start: dict[str, float] = {}  # request -> t0 - steps before x tpot
+        self._earliest: float | None = None  # of them; None: to be looked for
 
     def __len__(self) -> int:
         return len(self._start)
@@ -34,15 +35,17 @@ class TokenTimes:
         if tpot_s != self._tpot_s:
             shift = self._num_steps * (self._tpot_s - tpot_s)
             self._start = {name: start + shift for name, start in self._start.items()}
-            self._tpot_s = tpot_s
+            self._tpot_s, self._earliest = tpot_s, None
 
     def first_token(self, request: str, now: float, num_in_flight: int = 0) -> None:
         """`num_in_flight`: steps planned already that give it another one."""
         self._start[request] = now - (self._num_steps - num_in_flight) * self._tpot_s
+        self._earliest = None
 
     def ended(self, requests: Iterable[str]) -> None:
         for request in requests:
-            self._start.pop(request, None)
+            if self._start.pop(request, None) is not None:
+                self._earliest = None
 
     def step(self) -> None:
         """One was planned in which requests decode."""
@@ -53,10 +56,10 @@ class TokenTimes:
         if not self._start:
             return math.inf
         passed = (self._num_steps + 1) * self._tpot_s
-        earliest = now - MAX_LATE * self._tpot_s
-        due = min(self._start.values()) + passed
-        if due < earliest:
-            lost = earliest - passed
+        if self._earliest is None:
+            self._earliest = min(self._start.values())
+        lost = now - MAX_LATE * self._tpot_s - passed
+        if self._earliest < lost:
             self._start = {name: max(start, lost) for name, start in self._start.items()}
-            due = earliest
-        return due
+            self._earliest = lost
+        return self._earliest + passed
