@@ -27,8 +27,9 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """An optimizer update: when (`time.time`), and the tokens that it was the end of training of:
-    input tokens of its rows, without padding, each counted once."""
+    """An optimizer update, or a micro-batch of the peft trainer's: when (`time.time`), and the
+    tokens that it was the end of training of: input tokens of its rows, without padding, each
+    counted once."""
 
     time: float
     tokens: int
@@ -105,17 +106,29 @@ def judged(answers: Sequence[Answer]) -> list[Answer]:
     ]
 
 
-def summarise(
-    answers: Sequence[Answer], updates: Sequence[Update], window: Window, slo: Slo
-) -> Result:
-    """Of the requests that came in the window. One that was cut off is as `judged` says; else it
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A load that ran through a system, and the updates beside it."""
+
+    answers: Sequence[Answer]
+    updates: Sequence[Update]
+    window: Window
+
+
+def summarise(phases: Sequence[Phase], slo: Slo) -> Result:
+    """Of the requests that came in the windows. One that was cut off is as `judged` says; else it
     misses the objectives, and its times so far stand in the percentiles."""
-    answers = judged(answers)
-    inside = [a for a in answers if window.start <= a.due < window.stop]
+    inside: list[Answer] = []
+    streamed, trained, seconds = 0, 0.0, 0.0
+    for phase in phases:
+        answers, window = judged(phase.answers), phase.window
+        inside += [a for a in answers if window.start <= a.due < window.stop]
+        streamed += sum(_streamed(a, window.stop) - _streamed(a, window.start) for a in answers)
+        trained += finetune_tps(phase.updates, window) * window.seconds
+        seconds += window.seconds
     ttft = [a.ttft_s * 1e3 for a in inside]
     tpot = [t * 1e3 for a in inside if (t := a.tpot_s) is not None]
     met = sum(slo.met(a) for a in inside)
-    streamed = sum(_streamed(a, window.stop) - _streamed(a, window.start) for a in answers)
     return Result(
         requests=len(inside),
         complete=sum(a.complete for a in inside),
@@ -124,9 +137,9 @@ def summarise(
         tpot_mean_ms=statistics.fmean(tpot) if tpot else float("nan"),
         tpot_p99_ms=quantile(tpot, 0.99),
         attainment=met / len(inside) if inside else float("nan"),
-        goodput_rps=met / window.seconds,
-        output_tps=streamed / window.seconds,
-        finetune_tps=finetune_tps(updates, window),
+        goodput_rps=met / seconds,
+        output_tps=streamed / seconds,
+        finetune_tps=trained / seconds,
     )
 
 

@@ -25,7 +25,7 @@ class System:
 
     Args:
         running: what holds while the load runs.
-        updates: the optimizer updates so far.
+        updates: the optimizer updates so far; of the peft trainer, its micro-batches.
     """
 
     name: str

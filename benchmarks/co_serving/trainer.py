@@ -3,8 +3,9 @@
     python -m benchmarks.co_serving.trainer MODEL ROWS LOG --threads N [--micro-batch M]
 
 It makes the same optimizer steps as the co-serving server's job, over and over, and appends a line
-{"time", "tokens"} to LOG after each update. Where --micro-batch is not given, it times a step with
-each size first and takes the fastest; LOG's first line says which.
+{"time", "tokens"} to LOG after each micro-batch, which is before its update: the figures of the
+co-serving server count a token after its update only. Where --micro-batch is not given, it times a
+step with each size first and takes the fastest; LOG's first line says which.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,17 @@ class PeftTrainer:
         examples = list(tokenised(tokenizer, rows))
         self._batches = _batches(examples)
 
-    def step(self, micro_batch: int) -> int:
-        """One update; returns its input tokens."""
+    def step(self, micro_batch: int, done: Callable[[int], object] = lambda tokens: None) -> int:
+        """One update; returns its input tokens. `done` is called with those of each micro-batch
+        after its backward."""
         import torch
 
         batch = sorted(next(self._batches), key=lambda row: len(row[0]))
         count = sum(label != -100 for _, labels in batch for label in labels[1:])
         for start in range(0, len(batch), micro_batch):
-            backward(self.model, batch[start : start + micro_batch], count, self._pad)
+            part = batch[start : start + micro_batch]
+            backward(self.model, part, count, self._pad)
+            done(sum(len(ids) for ids, _ in part))
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -77,7 +81,7 @@ def _batches(examples: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def read_log(log: Path) -> tuple[int | None, list[Update]]:
-    """The micro-batch size, None before it is known, and the updates so far."""
+    """The micro-batch size, None before it is known, and the tokens so far."""
     text = log.read_text() if log.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
@@ -98,8 +102,10 @@ def main() -> None:
     with arguments.log.open("w", buffering=1) as log:
         print(json.dumps({"micro_batch": micro_batch}), file=log)
         while True:
-            tokens = trainer.step(micro_batch)
-            print(json.dumps({"time": time.time(), "tokens": tokens}), file=log)
+            trainer.step(
+                micro_batch,
+                lambda tokens: print(json.dumps({"time": time.time(), "tokens": tokens}), file=log),
+            )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import psutil
 from demo_server import DemoError, Server, free_port
 
 from benchmarks.co_serving.client import Replay
-from benchmarks.co_serving.measures import Slo, Update, Window, finetune_tps, summarise
+from benchmarks.co_serving.measures import Phase, Slo, Update, Window, finetune_tps, summarise
 from benchmarks.co_serving.processes import SERVED, job_updates
 from benchmarks.co_serving.systems import System, inference_only
 from benchmarks.co_serving.trace import Arrival
@@ -133,7 +133,7 @@ async def under_load(system: System, setup: Setup, rates: Sequence[float]) -> di
             answers = await replay.run(arrivals, grace_s=GRACE_S, start=began)
         system.server.check()
         window = Window(began, began + LEAD_IN_S, began + LEAD_IN_S + setup.seconds)
-        result = summarise(answers, system.updates(), window, SLO).as_dict()
+        result = summarise([Phase(answers, system.updates(), window)], SLO).as_dict()
         errors = sorted({a.error for a in answers if a.error and a.error != "cut off"})
         cut_off = sum(a.error == "cut off" for a in answers)
         results[f"{rate:g}"] = {**result, "cut_off": cut_off, "errors": errors[:3]}

@@ -17,8 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from benchmarks.bare_scheduler import BareEngine
 from benchmarks.simulation.plant import Plant, Shape, StepWork
 from vllm_flexft.graph.grid import BackwardGrid
-from vllm_flexft.graph.windows import backward_windows
-from vllm_flexft.plan import PLAN_ATTRIBUTE, MicroBatch, StepPlan
+from vllm_flexft.plan import PLAN_ATTRIBUTE, MicroBatch, StepPlan, Windows
 
 
 @dataclass(slots=True)
@@ -46,6 +45,7 @@ class Workload:
     _batches: dict[tuple[str, int], tuple[MicroBatch, BackwardGrid, int]] = field(
         default_factory=dict
     )  # of a job, with the slices done
+    _windows: dict[str, Windows] = field(default_factory=dict)  # by job
 
     def of(self, scheduler: Any, output: SchedulerOutput) -> StepWork:
         """Call once for each step, in their order."""
@@ -61,16 +61,19 @@ class Workload:
         layer_slices: list[int] = []
         loss_slices: list[int] = []
         for plan in _plans(output):
-            for piece, top in self._slices(scheduler, plan):
+            for piece, top in self._slices(plan):
                 (loss_slices if top else layer_slices).append(piece)
         return StepWork(tuple(rows), sampled, tuple(layer_slices), tuple(loss_slices))
 
-    def _slices(self, scheduler: Any, plan: StepPlan) -> Iterator[tuple[int, bool]]:
+    def _slices(self, plan: StepPlan) -> Iterator[tuple[int, bool]]:
         """Tokens of each slice of a plan, and whether it is of the loss."""
+        if plan.open_job is not None:
+            self._windows[plan.job_id] = plan.open_job.windows
         for batch in plan.begin:
             lowest = 0 if batch.train else self.shape.layers
-            windows = backward_windows(scheduler._shape)
-            grid = BackwardGrid(batch.num_tokens, windows, self.shape.layers, lowest)
+            grid = BackwardGrid(
+                batch.num_tokens, self._windows[plan.job_id], self.shape.layers, lowest
+            )
             self._batches[plan.job_id, batch.id] = (batch, grid, 0)
         for part in plan.backward:
             key = (plan.job_id, part.micro_batch)

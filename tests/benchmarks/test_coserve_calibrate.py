@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.co_serving.calibrate import FACTOR, LEAST_TTFT_S, objectives
 from benchmarks.co_serving.client import Answer
-from benchmarks.co_serving.measures import Window, summarise
+from benchmarks.co_serving.measures import Phase, Window, summarise
 from benchmarks.co_serving.trace import Arrival
 
 
@@ -29,7 +29,7 @@ def test_objectives_stand_above_what_99_percent_of_requests_get() -> None:
 def test_inference_alone_attains_the_objectives_that_it_set() -> None:
     window = Window(0.0, 0.0, 100.0)
     slo = objectives(answers(ttft_s=3.0), window)
-    assert summarise(answers(ttft_s=3.0), [], window, slo).attainment == 1.0
+    assert summarise([Phase(answers(ttft_s=3.0), [], window)], slo).attainment == 1.0
 
 
 def test_a_fast_server_is_not_held_to_less_than_the_least_time_to_a_first_token() -> None:

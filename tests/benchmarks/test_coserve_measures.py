@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.co_serving.client import Answer
 from benchmarks.co_serving.measures import (
+    Phase,
     Slo,
     Update,
     Window,
@@ -65,13 +66,13 @@ def test_a_long_answer_that_was_cut_off_is_judged_by_what_came(
 ) -> None:
     cut = answer(1.0, (0.5, 1), (came_s, 32), error="cut off")
     cut.ended = 1.0 + ended_s
-    assert summarise([cut], [], Window(0.0, 0.0, 5.0), SLO).attainment == attainment
+    assert summarise([Phase([cut], [], Window(0.0, 0.0, 5.0))], SLO).attainment == attainment
 
 
 def test_only_requests_that_came_in_the_window_are_counted() -> None:
     answers = [answer(at, (0.5, 1), (0.55, 2)) for at in (0.0, 4.0, 6.0, 9.0)]
     answers.append(answer(5.0, error="cut off"))
-    result = summarise(answers, [], Window(0.0, 4.0, 8.0), SLO)
+    result = summarise([Phase(answers, [], Window(0.0, 4.0, 8.0))], SLO)
     assert (result.requests, result.complete) == (3, 2)
     assert result.attainment == pytest.approx(2 / 3)
     assert result.goodput_rps == pytest.approx(0.5)
@@ -106,3 +107,17 @@ def test_a_step_that_reaches_into_the_window_counts_by_its_part_of_it() -> None:
 def test_steps_of_an_earlier_phase_do_not_count() -> None:
     updates = [Update(-3.0, 10_000), Update(2.0, 100), Update(4.0, 100)]
     assert finetune_tps(updates, Window(0.0, 0.0, 4.0)) == pytest.approx(50.0)
+
+
+def test_two_windows_of_a_system_count_as_one_twice_as_long() -> None:
+    def phase(began: float, ttft_s: float) -> Phase:
+        answers = [answer(began + at, (ttft_s, 1), (ttft_s + 0.05, 2)) for at in range(4)]
+        updates = [Update(began + at, 100) for at in range(1, 9)]
+        return Phase(answers, updates, Window(began, began, began + 4.0))
+
+    both = summarise([phase(0.0, 0.1), phase(100.0, 9.0)], SLO)
+    assert both.requests == 8
+    assert both.attainment == 0.5
+    assert both.goodput_rps == pytest.approx(4 / 8)
+    assert both.finetune_tps == pytest.approx(100.0)
+    assert both.ttft_p99_ms == pytest.approx(9000.0)

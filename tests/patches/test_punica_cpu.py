@@ -1,11 +1,14 @@
 """Segment-GEMM LoRA on CPU against a float64 reference, token by token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers.utils import LoRAMapping
 
+from flexft_patches import punica_cpu
 from flexft_patches.punica_cpu import Segment, SegmentPunicaWrapperCPU, segments_of
 
 MAX_RANK, MAX_TOKENS = 16, 256
@@ -168,3 +171,41 @@ def test_vllm_selects_the_segment_wrapper_once_it_is_installed():
     punica_cpu.install()
     wrapper = get_punica_wrapper(8, max_batches=8, device="cpu", lora_config=None)
     assert isinstance(wrapper, SegmentPunicaWrapperCPU)
+
+
+class _Linear(torch.nn.Module):
+    """As vLLM's LoRA layers call the wrapper."""
+
+    def __init__(self, wrapper, lora_a, lora_b, slices):
+        super().__init__()
+        self.base = torch.nn.Linear(lora_a[0].shape[-1], sum(slices), bias=False)
+        self.punica_wrapper, self.slices = wrapper, slices
+        self.lora_a_stacked, self.lora_b_stacked = lora_a, lora_b
+
+    def forward(self, x):
+        y = self.base(x)
+        self.punica_wrapper.add_lora_linear(
+            y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.slices
+        )
+        return torch.relu(y)
+
+
+def test_compiled_code_takes_the_adapters_of_each_step_from_the_engine_that_runs():
+    """One compiled model; the segments change between two steps, and with the engine."""
+    lora_a, lora_b = make_weights(2, 8, [6, 6], [3, 3], torch.float32)
+    first, second = make_wrapper([1, 1, 0, 2], [1, 2]), make_wrapper([0, 2, 2, 2], [1, 2])
+    model = _Linear(first, lora_a, lora_b, (6, 6)).requires_grad_(False)
+    x = torch.randn(4, 8)
+    compiled = torch.compile(model, backend="inductor", fullgraph=True, dynamic=True)
+    with torch.inference_mode():
+        plain = torch.relu(model.base(x))
+        assert torch.equal(compiled(x), plain), "no engine is named"
+        for wrapper in (first, second):
+            model.punica_wrapper = wrapper
+            expected = model(x)
+            assert not torch.equal(expected, plain)
+            model.punica_wrapper = first
+            manager = SimpleNamespace(modules={"linear": SimpleNamespace(punica_wrapper=wrapper)})
+            with punica_cpu.in_use(SimpleNamespace(_adapter_manager=manager)):
+                torch.testing.assert_close(compiled(x), expected, atol=1e-6, rtol=1e-6)
+        assert torch.equal(compiled(x), plain)

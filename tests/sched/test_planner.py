@@ -12,6 +12,7 @@ from vllm_flexft.config import ServerOptions, SLOConfig
 from vllm_flexft.sched.latency import Feature, LatencyModel
 from vllm_flexft.sched.planner import (
     CREDIT_SHARE,
+    HORIZON_S,
     MIN_SHARE_CREDIT_S,
     TTFT_SHARE,
     Objectives,
@@ -120,6 +121,26 @@ def test_of_several_jobs_the_strictest_objectives_hold_and_a_jobs_own_go_first()
     slow, fast = SLOConfig(tpot_ms=80), SLOConfig(tpot_ms=60, ttft_ms=300)
     assert Objectives.strictest(options, [slow]) == Objectives(0.08, 0.9, 0.1)
     assert Objectives.strictest(options, [slow, fast]) == Objectives(0.06, 0.3, 0.1)
+
+
+def test_nothing_is_left_while_requests_become_so_many_that_some_will_soon_wait():
+    goal = Objectives(tpot_s=0.1)
+    steady = allow(DECODE, goal, MODEL, due_s=9.0, growth=15.9 / HORIZON_S, rows=16)
+    assert steady.seconds == allow(DECODE, goal, MODEL, due_s=9.0).seconds > 0.0
+    held = allow(DECODE, goal, MODEL, due_s=9.0, growth=16.1 / HORIZON_S, rows=16)
+    assert held.seconds == held.credit == 0.0
+    assert held.reason == "requests become more"
+
+
+def test_nothing_is_left_while_requests_become_so_many_that_all_would_soon_be_slow():
+    """Places enough, but each request makes the step longer."""
+    goal = Objectives(tpot_s=0.02)
+    slack = allow(DECODE, goal, MODEL).seconds
+    row = MODEL.mean(StepLoad(9, 0, 4500).amounts) - MODEL.mean(DECODE.amounts)
+    load = StepLoad(8, 0, 4000, num_requests=8)
+    for part, held in ((0.98, False), (1.02, True)):
+        budget = allow(load, goal, MODEL, growth=part * slack / row / HORIZON_S)
+        assert (budget.seconds == 0.0) is held
 
 
 def test_credit_is_what_all_requests_have_saved():

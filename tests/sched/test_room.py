@@ -92,6 +92,13 @@ def test_a_slice_longer_than_the_room_runs_on_credit_and_alone():
     assert busy.fit_slices(SLICES, 4) == 0
 
 
+def test_a_slice_of_which_more_than_half_fits_is_taken_on_credit():
+    mostly = cost(0) * 4 + cost(4) * 2.6
+    assert make(mostly, credit=2.0 * cost(4)).fit_slices(SLICES, 0) == 7
+    assert make(mostly, credit=1.5 * cost(4)).fit_slices(SLICES, 0) == 6, "most of it is kept"
+    assert make(cost(0) * 4 + cost(4) * 2.4, credit=9.0 * cost(4)).fit_slices(SLICES, 0) == 6
+
+
 def test_without_room_credit_buys_nothing():
     assert make(0.0, credit=1.0).fit_slices(SLICES, 4) == 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from vllm_flexft.sched.growth import Growth
 from vllm_flexft.sched.latency import SCALING_STEPS, Feature, LatencyModel
 from vllm_flexft.sched.planner import Budget, Objectives, StepLoad, allow, carry
 from vllm_flexft.sched.room import Room
@@ -48,6 +49,7 @@ class Pacer:
         self._to_learn: list[tuple[Sequence[float], float]] = []  # steps, and their seconds
         self.tokens = TokenTimes(objectives.step_s)
         self.objectives = objectives
+        self._growth = Growth()
         self._share_credit = 0.0
         self._busy_until = 0.0  # by the bounds of the steps in flight
         self._running: dict[Hashable, _Running] = {}
@@ -96,6 +98,8 @@ class Pacer:
             self._objectives,
             self._model,
             due_s=self.tokens.due(start) - start,
+            growth=self._growth.update(now, load.num_requests),
+            rows=rows,
             share_credit=self._share_credit,
         )
         prices, estimate = self._prices(budget)

@@ -11,7 +11,8 @@ which the next tokens are due.
   chunk), and that may be longer than the room of any one step.
 - No requests: a new arrival waits for the running step, so it is bounded by a part of the TTFT
   objective.
-- Requests that could run are waiting for a place: nothing.
+- Requests that could run are waiting for a place, or will be within `HORIZON_S` as fast as they
+  become more: nothing. So too if they will then need all of the TPOT objective.
 
 `min_share` of the time goes to finetuning in any case, where the operator asked for it.
 """
@@ -33,6 +34,9 @@ DEFAULT_TTFT_MS = 5000.0
 TPOT_MARGIN = 0.9  # of the objective; the rest is what a token spends outside the engine's step
 TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a running step
 CREDIT_SHARE = 1.0  # of the TPOT objective: no step is longer than twice it
+# A time of overload begins with requests that become more. Finetuning in its first seconds would
+# make all that follow wait longer; without overload, these seconds are all that is lost.
+HORIZON_S = 8.0
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
 NO_FINETUNING = [0.0] * (NUM_FEATURES - Feature.CHUNKS)
@@ -46,6 +50,7 @@ class StepLoad:
     prefill_tokens: int = 0
     context: int = 0  # keys attended, summed over tokens
     num_waiting: int = 0  # requests that could run but found no place
+    num_requests: int = 0  # running and waiting
 
     @property
     def num_tokens(self) -> int:
@@ -109,11 +114,15 @@ def allow(
     model: LatencyModel,
     *,
     due_s: float = math.inf,
+    growth: float = 0.0,
+    rows: int | None = None,
     share_credit: float = 0.0,
 ) -> Budget:
     """
     Args:
         due_s: until the next token of some request in the step is due.
+        growth: requests a second by which they become more.
+        rows: of the batch that are still free; None: any number.
         share_credit: what `carry` returned after the step before.
     """
     if load.num_tokens == 0:
@@ -128,6 +137,8 @@ def allow(
         slack, reason = 0.0, "requests wait for a place"
     else:
         slack, reason = limit - bound, "inference needs all of the TPOT objective"
+    if slack > 0.0 and growth * HORIZON_S >= _room_for(load, slack, rows, model):
+        slack, reason = 0.0, "requests become more"
     if slack > 0.0:
         reason = ""
         if due_s < math.inf:
@@ -136,6 +147,14 @@ def allow(
         floor = predicted * share / (1.0 - share)
         slack, credit, reason = max(slack, floor), max(credit, share_credit), ""
     return Budget(max(0.0, slack), credit, limit, predicted, bound, False, reason, estimate)
+
+
+def _room_for(load: StepLoad, slack: float, rows: int | None, model: LatencyModel) -> float:
+    """How many more requests like those in the step may decode beside them."""
+    costs = model.costs
+    row, key = (costs.prior[f] * costs.theta[f] for f in (Feature.DECODE, Feature.CONTEXT))
+    more = slack / (row + key * load.context / max(1, load.num_requests))
+    return more if rows is None else min(more, rows)
 
 
 def carry(budget: Budget, objectives: Objectives, share_credit: float, spent: float) -> float:

@@ -18,6 +18,7 @@ from vllm_flexft.sched.slice_amounts import SliceAmounts
 from vllm_flexft.sched.step_estimate import StepEstimate, Work
 
 EXHAUSTED = 0.03  # of the budget: what is left is not worth another look
+ROUNDING_CREDIT = 0.25  # of what requests have saved: the rest is for the prefill of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,11 @@ class Room:
         return count
 
     def _rounds_up(self, short: float, long: float) -> bool:
-        """Slices that cost `short` fit, with one more `long`: were that never taken, half a slice of
-        every step would be lost. Where more than half of it fits, what requests have saved pays for
-        the rest."""
+        """Slices that cost `short` fit, with one more `long`: were that never taken, half a slice
+        of every step would be lost. Where more than half of it fits, what requests have saved pays
+        for the rest, but for what they need for the prefill of others."""
         over = long - self.seconds
-        return 2.0 * over <= long - short and over <= self.budget.credit and self.seconds > 0.0
+        return 0.0 <= 2.0 * over <= long - short and over <= ROUNDING_CREDIT * self.budget.credit
 
     def fit_chunk(self, context: int, remaining: int, smallest: int) -> int:
         """Tokens of a chunk that follows `context` tokens of its sequence; 0 if fewer than

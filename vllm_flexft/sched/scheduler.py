@@ -237,6 +237,7 @@ class CoServeMixin(_SchedulerBase):
             context=max(0, used) * self.block_size // self._num_groups,
             # Not those that wait for a grammar, for a remote cache or for more of their prompt.
             num_waiting=waiting - len(self.deferred_waiting),
+            num_requests=waiting + len(self.running),
         )
 
     def _num_free_blocks(self) -> int:
@@ -324,7 +325,7 @@ class CoServeMixin(_SchedulerBase):
             prepared.longest, memory_bytes
         )
         limits = Limits(
-            windows=backward_windows(self._shape),
+            windows=backward_windows(self._shape, self.vllm_config.device_config.device_type),
             lane_tokens=lanes.tokens,
             num_lanes=lanes.count,
             max_rows=self._co_serve.options.max_rows_in_flight,

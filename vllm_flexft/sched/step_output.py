@@ -14,7 +14,9 @@ from vllm_flexft.sched.room import PlannedWork
 from vllm_flexft.sched.sequence_kv import NO_SAMPLING
 
 
-def load_of(output: SchedulerOutput, *, context: int, num_waiting: int) -> StepLoad:
+def load_of(
+    output: SchedulerOutput, *, context: int, num_waiting: int, num_requests: int
+) -> StepLoad:
     """`context`: tokens in the KV cache of requests, what their decode rows attend. No Python loop
     over the requests: an engine may run hundreds."""
     rows, tokens = len(output.num_scheduled_tokens), output.total_num_scheduled_tokens
@@ -25,6 +27,7 @@ def load_of(output: SchedulerOutput, *, context: int, num_waiting: int) -> StepL
         prefill_tokens=tokens - rows,
         context=context,
         num_waiting=num_waiting,
+        num_requests=num_requests,
     )
 
 
