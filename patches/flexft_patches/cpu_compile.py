@@ -14,12 +14,6 @@ from flexft_patches.ledger import Patch, is_patched, mark
 PATCH = Patch(
     target="vllm.platforms.cpu:CpuPlatform.check_and_update_config",
     sha256="d2960ad5d183676793d6988a9a4ed50175d18dbf8baf70fc01f686d50887a0df",
-    relies_on=(
-        (
-            "vllm.compilation.decorators:_support_torch_compile",
-            "3b52e0e3689d4f1b0f490e50b1b0d79ec244e99302938964f86ad73457e50055",
-        ),
-    ),
 )
 
 

@@ -43,7 +43,7 @@ class Feature(IntEnum):
     DECODE = 1  # rows of one token
     PREFILL = 2  # tokens of inference prompts
     CONTEXT = 3  # keys that inference attends, summed over its tokens
-    CHUNKS = 4  # 1 if it has any: such a step is not compiled (CPU), or has no CUDA graph
+    CHUNKS = 4  # 1 if it has any: adapters and capture in every layer, and no CUDA graph
     CHUNK = 5  # finetune tokens through the forward
     CHUNK_CONTEXT = 6  # keys that they attend
     LOSS = 7  # rows through the LM head, forward and backward
