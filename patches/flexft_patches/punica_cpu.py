@@ -103,6 +103,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
         self._token_segments: tuple[Segment, ...] = ()
         self._sampler_segments: tuple[Segment, ...] = ()
         self._layers: dict[int, _Layer] = {}  # by the address of A
+        self.linears: dict[int, Any] = {}  # vLLM's LoRA layers, by the address of their first A
 
     def update_metadata(
         self,
@@ -142,8 +143,8 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
             buffer: unused; the intermediate x A^T has the dtype of x.
         """
         if torch.compiler.is_compiling():
-            a, b = list(lora_a_stacked), list(lora_b_stacked)
-            torch.ops.flexft_patches.lora_linear(y, x, a, b, scale, list(output_slices))
+            assert scale == 1.0, scale
+            torch.ops.flexft_patches.lora_linear(y, x, lora_a_stacked[0])
             return
         self._add(self._token_segments, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
@@ -232,10 +233,9 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):
 
 
 _LIBRARY = torch.library.Library("flexft_patches", "FRAGMENT")
-_LIBRARY.define(
-    "lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, float scale,"
-    " int[] output_slices) -> ()"
-)
+# `lora_a` is the first slice's, and stands for its layer: a list of all of them would take as long
+# to hand over as the rest of an op that has nothing to do, which is most of them.
+_LIBRARY.define("lora_linear(Tensor(a!) y, Tensor x, Tensor lora_a) -> ()")
 _LIBRARY.define("lora_embedding(Tensor(a!) y, Tensor x, Tensor lora_b, bool add_inputs) -> ()")
 
 # An op takes tensors and numbers only, and the same compiled code may serve several engines of a
@@ -249,23 +249,23 @@ def in_use(lora_manager: Any) -> Iterator[None]:
     global _in_use
     modules = lora_manager._adapter_manager.modules
     _in_use = next((module.punica_wrapper for module in modules.values()), None)
+    if _in_use is not None and not _in_use.linears:
+        _in_use.linears = {
+            module.lora_a_stacked[0].data_ptr(): module
+            for module in modules.values()
+            if hasattr(module, "output_slices")
+        }
     try:
         yield
     finally:
         _in_use = None
 
 
-def _lora_linear(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    scale: float,
-    output_slices: Sequence[int],
-) -> None:
+def _lora_linear(y: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor) -> None:
     if (wrapper := _in_use) is not None and wrapper._token_segments:
-        stacked = tuple(lora_a), tuple(lora_b)
-        wrapper.add_lora_linear(y, x, *stacked, scale, tuple(output_slices))
+        layer = wrapper.linears[lora_a.data_ptr()]
+        stacked = layer.lora_a_stacked, layer.lora_b_stacked
+        wrapper.add_lora_linear(y, x, *stacked, 1.0, layer.output_slices)
 
 
 def _lora_embedding(

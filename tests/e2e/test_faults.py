@@ -43,6 +43,11 @@ FATAL = {
         "vllm_flexft.sched.sequence_kv:KVLender._allocate",
         "vllm_flexft.sched.scheduler:CoServeMixin._append_chunks",
         "vllm_flexft.sched.pacer:Pacer.room",
+        "vllm_flexft.sched.pacer:Pacer.planned",
+        "vllm_flexft.sched.pacer:Pacer.finished",
+        "vllm_flexft.sched.pacer:Pacer.learn",
+        "vllm_flexft.sched.run:FinetuneRun.prepare",
+        "vllm_flexft.sched.sequence_kv:KVLender.borrow",
     ],
     "begin": ["vllm_flexft.train.backward:MicroBatchBackward.__init__"],
     "forward": [

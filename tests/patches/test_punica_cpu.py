@@ -179,13 +179,13 @@ class _Linear(torch.nn.Module):
     def __init__(self, wrapper, lora_a, lora_b, slices):
         super().__init__()
         self.base = torch.nn.Linear(lora_a[0].shape[-1], sum(slices), bias=False)
-        self.punica_wrapper, self.slices = wrapper, slices
+        self.punica_wrapper, self.output_slices = wrapper, slices
         self.lora_a_stacked, self.lora_b_stacked = lora_a, lora_b
 
     def forward(self, x):
         y = self.base(x)
         self.punica_wrapper.add_lora_linear(
-            y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.slices
+            y, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
         return torch.relu(y)
 
@@ -205,7 +205,11 @@ def test_compiled_code_takes_the_adapters_of_each_step_from_the_engine_that_runs
             expected = model(x)
             assert not torch.equal(expected, plain)
             model.punica_wrapper = first
-            manager = SimpleNamespace(modules={"linear": SimpleNamespace(punica_wrapper=wrapper)})
+            layer = SimpleNamespace(
+                punica_wrapper=wrapper, output_slices=(6, 6),
+                lora_a_stacked=lora_a, lora_b_stacked=lora_b,
+            )  # fmt: skip
+            manager = SimpleNamespace(modules={"linear": layer})
             with punica_cpu.in_use(SimpleNamespace(_adapter_manager=manager)):
                 torch.testing.assert_close(compiled(x), expected, atol=1e-6, rtol=1e-6)
         assert torch.equal(compiled(x), plain)

@@ -16,16 +16,23 @@ from vllm_flexft.config import ActivationPolicy, DatasetConfig, FinetuneJob, Pef
 from vllm_flexft.data.dataset import TrainingData
 from vllm_flexft.data.order import BatchOrder
 from vllm_flexft.data.preparer import DatasetPreparer, TokenizerSource
-from vllm_flexft.graph.families import target_layers
+from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.job_memory import JobMemory
+from vllm_flexft.graph.memory import adapter_parameters
 from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.plan import Windows
 from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
 from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
 from vllm_flexft.publish.final import check_output_dir, foreign_files, write_job_file
 from vllm_flexft.sched.prepared import Counters, PreparedJob
+from vllm_flexft.sched.room import Limits
 from vllm_flexft.wiring import supported_ranks
 
 logger = logging.getLogger("vllm.flexft")
+
+# Of the KV cache. A micro-batch needs all its blocks at once: it finds them beside steady requests
+# only while it is small against the cache.
+MICRO_BATCH_KV_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,31 @@ class EngineLimits:
 
     def job_memory(self, job: FinetuneJob) -> JobMemory:
         return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy)
+
+    def of_run(
+        self, prepared: PreparedJob, *, windows: Windows, max_rows: int, block_size: int
+    ) -> Limits:
+        """What the job may take in training; `max_rows`: sequences with chunks in one batch."""
+        memory_bytes = self.memory_bytes()
+        lanes = self.job_memory(prepared.job).lanes_within(prepared.longest, memory_bytes)
+        share = min(MICRO_BATCH_KV_SHARE, 0.5 / self.jobs_at_once)
+        return Limits(
+            windows=windows,
+            lane_tokens=lanes.tokens,
+            num_lanes=lanes.count,
+            max_rows=max_rows,
+            lowest_layer=prepared.lowest_layer,
+            kv_blocks=int(self.kv_tokens // block_size * share),
+            block_size=block_size,
+            activation_policy=self.activation_policy,
+            memory_bytes=memory_bytes,
+            adapter_parameters=self._adapter_parameters(prepared.job.peft),
+        )
+
+    def _adapter_parameters(self, peft: PeftConfig) -> int:
+        targets = target_names(peft.target_modules)
+        layers = target_layers(peft.layers_to_transform, self.shape.num_layers)
+        return adapter_parameters(self.shape, targets, layers, peft.r)
 
 
 class Admission:

@@ -21,9 +21,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
-from vllm_flexft.config.peft import PeftConfig
-from vllm_flexft.graph.families import target_layers, target_names
-from vllm_flexft.graph.memory import adapter_parameters
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.graph.windows import backward_windows
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
@@ -37,7 +34,8 @@ from vllm_flexft.sched.pacer import Pacer
 from vllm_flexft.sched.planner import Objectives, StepLoad
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
-from vllm_flexft.sched.room import Limits, PlannedWork, Room
+from vllm_flexft.sched.reclaim import BlockReclaim
+from vllm_flexft.sched.room import PlannedWork, Room
 from vllm_flexft.sched.run import FinetuneRun
 from vllm_flexft.sched.run_set import RunSet
 from vllm_flexft.sched.sequence_kv import KVLender
@@ -49,9 +47,6 @@ from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model,
 logger = logging.getLogger("vllm.flexft")
 
 RESERVED_BLOCKS_SHARE = 0.05  # of the KV cache, never lent to finetuning
-# A micro-batch needs all its blocks at once: it finds them beside steady requests only while it is
-# small against the cache.
-MICRO_BATCH_KV_SHARE = 0.25
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _SchedulerBase
@@ -79,8 +74,8 @@ class CoServeMixin(_SchedulerBase):
         # Each KV-cache group takes its own blocks of a sequence.
         self._num_groups = len(self.kv_cache_config.kv_cache_groups)
         self._lendable_blocks = (self._num_blocks - reserved_blocks) // self._num_groups
-        self._allocate_slots = self.kv_cache_manager.allocate_slots  # vLLM's
         self._runs = RunSet()
+        self._reclaim = BlockReclaim(self.kv_cache_manager, self._lender, self._runs)
         self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
@@ -144,14 +139,16 @@ class CoServeMixin(_SchedulerBase):
             room = self._append_finetuning(output, load, entered)
         blocks = (self._lender.num_blocks, self._num_free_blocks())
         learn = is_measurable(output)
-        self._pacer.planned(id(output), entered, load, room, measurable=learn, blocks=blocks)
+        self._guarded(
+            self._pacer.planned, id(output), entered, load, room, measurable=learn, blocks=blocks
+        )
         return output
 
     def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
         """The engine asks for it when the worker has the step: what the next plans need, and can be
         had before, is done while it computes."""
         bitmask = super().get_grammar_bitmask(*args, **kwargs)
-        self._pacer.learn()
+        self._guarded(self._pacer.learn)
         if self._may_finetune() and not self._runs.short_of_blocks:
             for run in self._runs:
                 try:
@@ -164,7 +161,7 @@ class CoServeMixin(_SchedulerBase):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         now = time.monotonic()
-        self._pacer.finished(id(scheduler_output), now)
+        self._guarded(self._pacer.finished, id(scheduler_output), now)
         for result in getattr(model_runner_output, RESULT_ATTRIBUTE, ()):
             if (run := self._runs.get(result.job_id)) is not None:
                 try:
@@ -261,17 +258,15 @@ class CoServeMixin(_SchedulerBase):
             self._start(prepared)
         if not (self._runs or self._closing):
             return None
-        try:
-            room = self._pacer.room(
-                now,
-                load,
-                tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
-                rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
-                sole_job=len(self._runs) == 1,
-            )
-        except Exception as error:
-            for run in self._runs:
-                self._fail(run, error)
+        room: Room | None = self._guarded(
+            self._pacer.room,
+            now,
+            load,
+            tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
+            rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
+            sole_job=len(self._runs) == 1,
+        )
+        if room is None:
             return None
         plans, self._closing = self._closing, []
         closing = {plan.job_id for plan in plans}
@@ -319,22 +314,11 @@ class CoServeMixin(_SchedulerBase):
 
     def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
-        num_jobs = self._co_serve.options.max_jobs_at_once
-        memory_bytes = self._engine_limits.memory_bytes()
-        lanes = self._engine_limits.job_memory(prepared.job).lanes_within(
-            prepared.longest, memory_bytes
-        )
-        limits = Limits(
+        limits = self._engine_limits.of_run(
+            prepared,
             windows=backward_windows(self._shape, self.vllm_config.device_config.device_type),
-            lane_tokens=lanes.tokens,
-            num_lanes=lanes.count,
             max_rows=self._co_serve.options.max_rows_in_flight,
-            lowest_layer=prepared.lowest_layer,
-            kv_blocks=int(self._lendable_blocks * min(MICRO_BATCH_KV_SHARE, 0.5 / num_jobs)),
             block_size=self.block_size,
-            activation_policy=self._co_serve.options.activation_policy,
-            memory_bytes=memory_bytes,
-            adapter_parameters=self._adapter_parameters(prepared.job.peft),
         )
         # a new number for each opening: vLLM must never take one adapter for another
         lora_id = TRAINING_LORA_ID_BASE + self._jobs_opened
@@ -358,6 +342,15 @@ class CoServeMixin(_SchedulerBase):
         if any(isinstance(r, WrittenRecord) and r.written.final for r in records):
             self._end(run, EndRecord())
 
+    def _guarded(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """None, and the jobs fail, where pacing does: the engine goes on."""
+        try:
+            return act(*args, **kwargs)
+        except Exception as error:
+            for run in self._runs:
+                self._fail(run, error)
+            return None
+
     def _fail(self, run: FinetuneRun, error: Exception) -> None:
         logger.error("scheduling of job %s failed", run.job.name, exc_info=error)
         self._end(run, EndRecord(error=f"{type(error).__name__}: {error}"))
@@ -377,33 +370,18 @@ class CoServeMixin(_SchedulerBase):
     def _objectives(self) -> Objectives:
         return Objectives.strictest(self._co_serve.options, [run.job.slo for run in self._runs])
 
-    def _adapter_parameters(self, peft: PeftConfig) -> int:
-        targets = target_names(peft.target_modules)
-        layers = target_layers(peft.layers_to_transform, self._shape.num_layers)
-        return adapter_parameters(self._shape, targets, layers, peft.r)
-
     def _release_all(self) -> None:
         for run in self._runs:
             run.release_all(self._lender)
 
     def _give_way_to_inference(self) -> None:
         """In a step in which vLLM may find no blocks for a request, finetuning gives up its own
-        first. Not in every step: the detour costs each running request half a microsecond."""
+        first."""
         num_running, num_waiting = self.get_request_counts()
         # What running requests may need: a block each, and those that this step's tokens fill.
         most = num_running + self.max_num_scheduled_tokens // self.block_size
         short = num_waiting or self._num_free_blocks() < most * self._num_groups
-        reclaim = short and self._lender.num_blocks
-        self.kv_cache_manager.allocate_slots = (
-            self._allocate_reclaiming if reclaim else self._allocate_slots
-        )
-
-    def _allocate_reclaiming(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        blocks = self._allocate_slots(request, *args, **kwargs)
-        if request.request_id in self.requests:
-            while blocks is None and self._runs.release_blocks(self._lender):
-                blocks = self._allocate_slots(request, *args, **kwargs)
-        return blocks
+        self._reclaim.switch(bool(short and self._lender.num_blocks))
 
 
 class CoServeScheduler(CoServeMixin, Scheduler):
