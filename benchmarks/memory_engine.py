@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.memory_peft import LINEARS, LORA
+from vllm_flexft.graph.windows import WINDOW
 
 KV_CACHE_BYTES = 2**29
 ALL_AT_ONCE_MS = 1e7  # nothing else is served: a whole backward may fit one engine step
@@ -76,7 +77,7 @@ class EngineSide:
             if request.get("lanes") == "served":
                 patch.setattr("vllm_flexft.graph.job_memory.SERVED_LANES", self._served_lanes)
             if request.get("window"):
-                patch.setattr("vllm_flexft.graph.windows.WINDOW", request["window"])
+                patch.setitem(WINDOW, "cpu", request["window"])
             self._open(request, 1)
             with tracker:
                 self._until(lambda: self._updates == 1)

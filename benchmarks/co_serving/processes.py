@@ -130,8 +130,8 @@ class Trainer:
             )
 
     def ready(self) -> int:
-        """Wait for the first update, then stop; returns the micro-batch size."""
-        while not self.updates():
+        """Wait for the first optimizer step, then stop; returns the micro-batch size."""
+        while not self._has_stepped():
             if self._process.poll() is not None:
                 raise RuntimeError(f"the trainer ended:\n{self._errors.read_text()[-3000:]}")
             time.sleep(0.2)
@@ -142,6 +142,11 @@ class Trainer:
 
     def updates(self) -> list[Update]:
         return read_log(self.log)[1]
+
+    def _has_stepped(self) -> bool:
+        """Into the second step: the update comes after the log line of its last micro-batch."""
+        micro_batch, done = read_log(self.log)
+        return micro_batch is not None and len(done) > -(-BATCH // micro_batch)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGSTOP)

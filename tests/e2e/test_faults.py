@@ -226,3 +226,20 @@ def test_exception_in_what_only_accompanies_a_job_leaves_its_result(
     assert after.answers == healthy.answers
     assert after.free_blocks == healthy.free_blocks
     assert after.training_adapters == ()
+
+
+def test_learning_that_keeps_failing_fails_jobs_and_answers_go_on(
+    engine: CoServingEngine,
+    asks: list[Ask],
+    undisturbed: tuple[Health, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise InjectedError("injected into observe")
+
+    monkeypatch.setattr("vllm_flexft.sched.latency.LatencyModel.observe", broken)
+    record, _ = train(engine, job(tmp_path))
+    assert record.status == "failed"
+    assert "injected into observe" in (record.error or "")
+    assert health(engine, asks) == undisturbed[0]

@@ -285,7 +285,7 @@ def _cut_up(case: Case) -> Iterator[None]:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "WINDOW", case.window)
+        patch.setitem(windows.WINDOW, "cpu", case.window)
         patch.setattr(job_memory, "SERVED_LANES", job_memory.Lanes(2, case.lane_tokens))
         patch.setattr(run, "MIN_CHUNK", case.min_chunk)
         work_a_step(patch, lambda: next(budgets))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_flexft.sched.growth import MEMORY_S, Growth
+from vllm_flexft.sched.growth import MEMORY_S, TREND, Growth
 
 
 def after(growth: Growth, seconds: float, requests: float, a_second: float, start: float) -> float:
@@ -19,7 +19,8 @@ def after(growth: Growth, seconds: float, requests: float, a_second: float, star
 def test_a_steady_rise_is_told_by_its_pace() -> None:
     growth = Growth()
     growth.update(0.0, 0)
-    assert after(growth, 5 * MEMORY_S, 0, 4.0, 0.0) == pytest.approx(4.0, abs=0.6)
+    pace = after(growth, 5 * MEMORY_S, 0, 8.0, 0.0)
+    assert pace + TREND / MEMORY_S == pytest.approx(8.0, abs=0.8)
 
 
 def test_there_is_none_while_as_many_go_as_come_or_more() -> None:
@@ -33,7 +34,13 @@ def test_a_burst_is_forgotten_in_a_few_seconds() -> None:
     growth = Growth()
     after(growth, 3.0, 4, 0.0, 0.0)
     assert growth.update(3.02, 12) > 4.0 / MEMORY_S
-    assert after(growth, 5 * MEMORY_S, 12, 0.0, 3.02) < 0.1
+    assert after(growth, 3 * MEMORY_S, 12, 0.0, 3.02) == 0.0
+
+
+def test_one_request_more_is_no_burst() -> None:
+    growth = Growth()
+    after(growth, 3.0, 4, 0.0, 0.0)
+    assert growth.update(3.02, 5) == 0.0
 
 
 def test_what_is_there_after_a_pause_did_not_just_come() -> None:

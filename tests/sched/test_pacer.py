@@ -171,3 +171,21 @@ def test_the_trace_holds_prediction_bound_and_measured_time_of_each_step():
     assert np.median(np.abs(records["predicted"] / records["actual"] - 1)) < 0.1
     assert (records["spent"] <= records["budget"] + 1e-6).all()
     assert (records["finetune_tokens"] > 0).all()
+
+
+def test_a_step_that_cannot_be_learnt_is_told_once_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pacer = Pacer(LatencyModel(PRIOR), Objectives())
+    for step in range(3):
+        pacer.planned(step, 0.01 * step, DECODE, None)
+        pacer.finished(step, 0.01 * (step + 1))
+
+    def broken(*_: object) -> None:
+        raise FloatingPointError("no number")
+
+    monkeypatch.setattr(LatencyModel, "observe", broken)
+    with pytest.raises(FloatingPointError):
+        pacer.learn()
+    pacer.learn()
+    assert pacer.model_state()["num_observed"] == 0

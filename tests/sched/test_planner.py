@@ -132,6 +132,12 @@ def test_nothing_is_left_while_requests_become_so_many_that_some_will_soon_wait(
     assert held.reason == "requests become more"
 
 
+def test_a_full_batch_holds_nothing_back_while_nobody_comes():
+    """Chunks find no row, but slices, updates and snapshots need none."""
+    assert allow(DECODE, Objectives(tpot_s=0.1), MODEL, growth=0.0, rows=0).seconds > 0.0
+    assert allow(DECODE, Objectives(tpot_s=0.1), MODEL, growth=0.01, rows=0).seconds > 0.0
+
+
 def test_nothing_is_left_while_requests_become_so_many_that_all_would_soon_be_slow():
     """Places enough, but each request makes the step longer."""
     goal = Objectives(tpot_s=0.02)

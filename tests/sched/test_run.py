@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from harness.rooms import unit_room
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -241,6 +242,51 @@ def test_what_is_prepared_is_what_would_have_been_planned(prepare: Any, make_man
         if finals == 2:
             return
     raise AssertionError("not done")
+
+
+def test_the_next_plan_neither_allocates_nor_reads_rows_once_it_is_prepared(
+    prepare: Any, make_manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, manager = prepare([60] * 8, max_steps=2), make_manager(64)
+    run, lender, keeper = new_run(prepared), KVLender(manager, 0), BookKeeper(prepared)
+
+    def one() -> Room:
+        return unit_room(1e9, tokens=60, rows=8, idle=False, costs=COSTS)
+
+    for room in (plenty(0), one()):
+        planned = run.plan(room, lender)
+        assert planned is not None
+        run.on_result(keeper.run(*planned))
+    free = manager.block_pool.get_num_free_blocks()
+    run.prepare(lender)
+    assert manager.block_pool.get_num_free_blocks() < free
+
+    def not_now(*_: Any, **__: Any) -> None:
+        raise AssertionError("while the worker waits")
+
+    monkeypatch.setattr(manager, "allocate_slots", not_now)
+    monkeypatch.setattr(type(prepared.train), "__getitem__", not_now)
+    planned = run.plan(one(), lender)
+    assert planned is not None
+    assert planned[0].chunks
+
+
+def test_what_was_borrowed_ahead_goes_back_first_and_the_forward_stays(
+    prepare: Any, make_manager: Any
+) -> None:
+    prepared, manager = prepare([60] * 8, max_steps=2), make_manager(64)
+    run, lender, keeper = new_run(prepared), KVLender(manager, 0), BookKeeper(prepared)
+    rooms = (plenty(0), unit_room(1e9, tokens=60, rows=8, idle=False, costs=COSTS))
+    for room in rooms:
+        planned = run.plan(room, lender)
+        assert planned is not None
+        run.on_result(keeper.run(*planned))
+    held = lender.num_blocks
+    run.prepare(lender)
+    assert run.release_blocks(lender)
+    assert lender.num_blocks == held
+    run.prepare(lender)
+    assert lender.num_blocks == held, "not while inference needs blocks"
 
 
 def test_nothing_is_borrowed_ahead_while_no_chunks_fit(prepare: Any, make_manager: Any) -> None:

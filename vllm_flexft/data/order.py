@@ -77,4 +77,4 @@ class BatchOrder:
         self._permutations[epoch] = np.argsort(draws, kind="stable")
         for drawn in list(self._permutations):
             if drawn < epoch - 1:
-                del self._permutations[drawn]
+                self._permutations.pop(drawn, None)

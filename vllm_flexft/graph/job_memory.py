@@ -61,8 +61,8 @@ class JobMemory:
         policy: ActivationPolicy,
         windows: Windows | None = None,
     ) -> JobMemory:
-        """`windows`: of the backward, those of every server unless given. Raises ValueError for
-        layers that the model lacks."""
+        """`windows`: of the backward, those of a GPU, which are larger, unless given. Raises
+        ValueError for layers that the model lacks."""
         return cls(
             shape=shape,
             targets=target_names(job.peft.target_modules),
@@ -71,7 +71,7 @@ class JobMemory:
             optim=job.training.optim,
             itemsize=itemsize,
             policy="fast" if policy == "offload" else policy,
-            logits_rows=logits_rows(windows or backward_windows(shape)),
+            logits_rows=logits_rows(windows or backward_windows(shape, "cuda")),
         )
 
     @property

@@ -5,10 +5,9 @@ from __future__ import annotations
 from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.plan import Windows
 
-WINDOW = 256  # tokens of a layer's slice: large enough for efficient GEMMs
-# On CPU fewer are, and a slice takes tens of milliseconds: of what a step has left, the part that
-# no whole slice fills is lost.
-CPU_WINDOW = 128
+# Tokens of a layer's slice: enough for efficient GEMMs. On CPU fewer are, and a slice takes tens of
+# milliseconds: of what a step has left, the part that no whole slice fills is lost.
+WINDOW = {"cpu": 128, "cuda": 256}
 MIN_LOSS_WINDOW = 32  # rows; the head's weights are read for each
 MAX_LOGITS_ROWS = 256  # of a larger window of the loss, as many at a time
 # A frozen layer's backward over its forward: dX (1.0) + norms, activation, attention's five GEMMs
@@ -16,10 +15,10 @@ MAX_LOGITS_ROWS = 256  # of a larger window of the loss, as many at a time
 BACKWARD_RATIO = 1.4
 
 
-def backward_windows(shape: ModelShape, device: str = "cuda") -> Windows:
+def backward_windows(shape: ModelShape, device: str) -> Windows:
     """With a window of the loss that takes as long as one of a layer: a row of the loss costs two
     GEMMs with the LM head."""
-    layer = min(WINDOW, CPU_WINDOW) if device == "cpu" else WINDOW
+    layer = WINDOW[device]
     head = 2 * shape.hidden_size * shape.vocab_size
     loss = int(layer * BACKWARD_RATIO * shape.layer_parameters / head)
     return Windows(layer, min(layer, max(MIN_LOSS_WINDOW, loss)))

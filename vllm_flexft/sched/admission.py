@@ -47,20 +47,19 @@ class EngineLimits:
     activation_policy: ActivationPolicy
     memory_bytes: Callable[[], float]  # for all that a job allocates
     jobs_at_once: int  # that share `memory_gib`
+    windows: Windows
     rank_was_given: bool = False  # by the user; else it is what the jobs named at start need
 
     def job_memory(self, job: FinetuneJob) -> JobMemory:
-        return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy)
+        return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy, self.windows)
 
-    def of_run(
-        self, prepared: PreparedJob, *, windows: Windows, max_rows: int, block_size: int
-    ) -> Limits:
+    def of_run(self, prepared: PreparedJob, *, max_rows: int, block_size: int) -> Limits:
         """What the job may take in training; `max_rows`: sequences with chunks in one batch."""
         memory_bytes = self.memory_bytes()
         lanes = self.job_memory(prepared.job).lanes_within(prepared.longest, memory_bytes)
         share = min(MICRO_BATCH_KV_SHARE, 0.5 / self.jobs_at_once)
         return Limits(
-            windows=windows,
+            windows=self.windows,
             lane_tokens=lanes.tokens,
             num_lanes=lanes.count,
             max_rows=max_rows,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 MEMORY_S = 1.0  # of the mean that the present number is held against
+TREND = 1.5  # requests above it: one more, or two at times, are no burst
 
 
 class Growth:
@@ -19,9 +20,9 @@ class Growth:
         self._at = -math.inf
 
     def update(self, now: float, requests: int) -> float:
-        """Requests a second by which `requests`, running and waiting, have grown; 0 while as many
-        go as come. After a pause nothing is known: what is there then, has been there."""
+        """Requests a second by which `requests`, running and waiting, have grown, beyond `TREND`.
+        After a pause nothing is known: what is there then, has been there."""
         passed = now - self._at
         self._at = now
         self._mean += (requests - self._mean) * (1.0 - math.exp(-passed / MEMORY_S))
-        return max(0.0, (requests - self._mean) / MEMORY_S)
+        return max(0.0, (requests - self._mean - TREND) / MEMORY_S)

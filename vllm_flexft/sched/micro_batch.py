@@ -28,7 +28,7 @@ class ScheduledSequence:
 
 
 class ScheduledMicroBatch:
-    """Owns its sequences' KV blocks from the first chunk until its last slice has run.
+    """Owns its sequences' KV blocks, from just before their chunks until its last slice has run.
 
     It is made ahead of the step in which it begins; `enter` then gives it its lane.
     """
@@ -112,6 +112,13 @@ class ScheduledMicroBatch:
     @property
     def block_ids(self) -> tuple[tuple[list[int], ...], ...]:
         return tuple(s.kv.block_ids for s in self.sequences)
+
+    def release_unused(self, lender: KVLender) -> bool:
+        """Give back the blocks of sequences that have not begun. True when there were any."""
+        unused = [s.kv for s in self.sequences if s.kv.num_blocks and not s.kv.num_tokens]
+        for kv in unused:
+            lender.free(kv)
+        return bool(unused)
 
     def release(self, lender: KVLender) -> bool:
         """Give all blocks back; the forward has to run again. True when there were any.

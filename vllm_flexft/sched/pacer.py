@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_flexft.sched.growth import Growth
 from vllm_flexft.sched.latency import SCALING_STEPS, Feature, LatencyModel
@@ -76,10 +77,14 @@ class Pacer:
         """Take in what the finished steps teach. For a time at which nobody waits: it takes as long
         as a plan."""
         if self._to_learn:
-            for features, seconds in self._to_learn:
+            steps, self._to_learn = self._to_learn, []
+            for features, seconds in steps:
                 self._model.observe(features, seconds)
-            self._to_learn.clear()
             _ = self._model.costs  # for the next plan
+
+    def model_state(self) -> dict[str, Any]:
+        """Of what was learnt by now. Learns nothing: it is asked for after a failure too."""
+        return self._model.state()
 
     @property
     def num_in_flight(self) -> int:

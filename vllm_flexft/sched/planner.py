@@ -36,7 +36,7 @@ TTFT_SHARE = 0.1  # a new arrival waits at most this part of its objective for a
 CREDIT_SHARE = 1.0  # of the TPOT objective: no step is longer than twice it
 # A time of overload begins with requests that become more. Finetuning in its first seconds would
 # make all that follow wait longer; without overload, these seconds are all that is lost.
-HORIZON_S = 8.0
+HORIZON_S = 12.0
 MIN_SHARE_CREDIT_S = 1.0  # with min_share: the longest piece of work that it pays for
 
 NO_FINETUNING = [0.0] * (NUM_FEATURES - Feature.CHUNKS)
@@ -137,7 +137,7 @@ def allow(
         slack, reason = 0.0, "requests wait for a place"
     else:
         slack, reason = limit - bound, "inference needs all of the TPOT objective"
-    if slack > 0.0 and growth * HORIZON_S >= _room_for(load, slack, rows, model):
+    if slack > 0.0 and growth * HORIZON_S >= max(1.0, _room_for(load, slack, rows, model)):
         slack, reason = 0.0, "requests become more"
     if slack > 0.0:
         reason = ""

@@ -147,7 +147,11 @@ class FinetuneRun:
             self._next_rows = _StepRows.of(self.prepared, step)
 
     def release_blocks(self, lender: KVLender) -> bool:
-        """Inference needs memory: the youngest micro-batch with blocks gives them up."""
+        """Inference needs memory: what was borrowed ahead goes back, and then the youngest
+        micro-batch with blocks gives them up."""
+        self._chunks_flow = False
+        if any(batch.release_unused(lender) for batch in self._active):
+            return True
         return any(batch.release(lender) for batch in reversed(self._retired + self._active))
 
     def release_all(self, lender: KVLender) -> None:
@@ -169,7 +173,9 @@ class FinetuneRun:
         if self._active and self._active[0].forwarded:
             progress = self._plan_slices(self._active[0], work, room)
         batch = self._forwarding
-        if batch is None and room.may_begin:
+        if not room.may_begin and batch is not None and not batch.begun:
+            batch = None
+        elif batch is None and room.may_begin:
             batch = self._begin_next()
         if batch is not None:
             progress = self._plan_chunks(batch, work, room, lender, reclaim) or progress

@@ -79,6 +79,7 @@ class CoServeMixin(_SchedulerBase):
         self._closing: list[StepPlan] = []
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
+        self._pacing_failed = False  # and it was said
         self._in_prefill: set[str] = set()  # requests without a first token
         device = self.vllm_config.device_config.device_type
         model = LatencyModel(UnitCosts.of(self._shape).prior(device))
@@ -96,10 +97,9 @@ class CoServeMixin(_SchedulerBase):
             shape=self._shape,
             itemsize=self.vllm_config.model_config.dtype.itemsize,
             activation_policy=config.options.activation_policy,
-            memory_bytes=lambda: memory_budget(
-                self._co_serve.options, self.vllm_config.device_config.device_type
-            ),
+            memory_bytes=lambda: memory_budget(config.options, device),
             jobs_at_once=config.options.max_jobs_at_once,
+            windows=backward_windows(self._shape, device),
         )
         self._engine_limits = limits
         self._feed = JobFeed(config, self.vllm_config.model_config, limits)
@@ -194,7 +194,7 @@ class CoServeMixin(_SchedulerBase):
 
     def shutdown(self) -> None:
         self._feed.stop()
-        self._latency_file.save(self._pacer.model.state())
+        self._latency_file.save(self._pacer.model_state())
         if (path := self._co_serve.options.step_trace) is not None:
             try:
                 self.dump_step_trace(path)
@@ -258,6 +258,7 @@ class CoServeMixin(_SchedulerBase):
             self._start(prepared)
         if not (self._runs or self._closing):
             return None
+        plans, self._closing = self._closing, []
         room: Room | None = self._guarded(
             self._pacer.room,
             now,
@@ -267,8 +268,8 @@ class CoServeMixin(_SchedulerBase):
             sole_job=len(self._runs) == 1,
         )
         if room is None:
+            setattr(output, PLAN_ATTRIBUTE, tuple(plans))
             return None
-        plans, self._closing = self._closing, []
         closing = {plan.job_id for plan in plans}
         work: dict[str, float] = {}
         for run in self._runs.in_turn():
@@ -316,7 +317,6 @@ class CoServeMixin(_SchedulerBase):
         self._jobs_opened += 1
         limits = self._engine_limits.of_run(
             prepared,
-            windows=backward_windows(self._shape, self.vllm_config.device_config.device_type),
             max_rows=self._co_serve.options.max_rows_in_flight,
             block_size=self.block_size,
         )
@@ -347,6 +347,9 @@ class CoServeMixin(_SchedulerBase):
         try:
             return act(*args, **kwargs)
         except Exception as error:
+            if not self._runs and not self._pacing_failed:
+                logger.exception("pacing failed; no job is in training")
+            self._pacing_failed = True
             for run in self._runs:
                 self._fail(run, error)
             return None
@@ -365,7 +368,7 @@ class CoServeMixin(_SchedulerBase):
         self._feed.report(run.prepared, record)
         self._starvation.pop(run.job_id, None)
         self._pacer.objectives = self._objectives()
-        self._feed.save(self._latency_file, self._pacer.model.state())
+        self._feed.save(self._latency_file, self._pacer.model_state())
 
     def _objectives(self) -> Objectives:
         return Objectives.strictest(self._co_serve.options, [run.job.slo for run in self._runs])

@@ -1,7 +1,7 @@
 """What the forward pass leaves behind for the backward pass: the activation arena.
 
 One allocation when the job opens. A lane of it holds one micro-batch: for every kept
-(layer, tensor) a buffer of rows, one a token, filled by the capture hooks, chunk by chunk, in any
+(layer, tensor) a buffer of rows, one a token, filled by the capture, chunk by chunk, in any
 order. Which tensors a layer keeps is the memory plan's choice (graph/memory.py); keys and values
 are never among them, they are read back from the paged cache.
 

@@ -26,7 +26,7 @@ class FrozenLinear:
     dtype: torch.dtype
     in_features: int
     splits: tuple[int, ...]  # output width of each packed part
-    module: nn.Module  # vLLM's LoRA wrapper, where the capture hooks sit
+    module: nn.Module  # vLLM's LoRA wrapper, where capture listens
 
 
 @dataclass(frozen=True, slots=True)
