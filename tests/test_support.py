@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 from harness.model_config import save_config
 from transformers import BertConfig, Qwen2MoeConfig, WhisperConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -85,6 +86,15 @@ def test_every_refused_argument_has_a_test():
 def test_environment_variable_is_refused_by_name(model, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     assert name in refusal(model)
+
+
+def test_model_runner_v2_is_refused_on_cpu(model, monkeypatch):
+    """Which vLLM takes where Triton knows the CPU."""
+    args = EngineArgs(model=model, additional_config={"co_finetune": []})
+    config = args.create_engine_config()
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
+    with pytest.raises(ValueError, match="model runner V2 on CPU: unset VLLM_USE_V2_MODEL"):
+        support.check_engine_config(config)
 
 
 def test_headless_engine_is_refused(model):

@@ -218,6 +218,8 @@ def check_engine_config(vllm_config: VllmConfig) -> None:
             f"--kv-cache-dtype {cache_dtype}",
             f"the backward reads keys and values in the model's {dtype}; leave it at auto",
         )
+    if current_platform.is_cpu() and vllm_config.use_v2_model_runner:
+        _refuse("model runner V2 on CPU", "unset VLLM_USE_V2_MODEL_RUNNER, or set it to 0")
     lora_dtype = _dtype_name(vllm_config.lora_config.lora_dtype)
     if lora_dtype not in ("auto", dtype):
         _refuse(f"--lora-dtype {lora_dtype}", f"the model is in {dtype}; leave it at auto")

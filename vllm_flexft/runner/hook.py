@@ -111,6 +111,13 @@ class CoServeRunnerMixin(_RunnerBase):
         with punica_cpu.in_use(self.lora_manager):
             return super()._model_forward(*args, **kwargs)
 
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        """V1's choice of a CUDA graph: none in steps with chunks, since a replayed graph runs no
+        capture op. They run the compiled model."""
+        if any(plan.chunks for plan in self._plans):
+            kwargs["force_eager"] = True
+        return super()._determine_batch_execution_and_padding(*args, **kwargs)
+
     def _capture_chunks(self) -> None:
         """From here to the end of the forward, the rows of this step's chunks are kept."""
         for plan in self._plans:
