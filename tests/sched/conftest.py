@@ -15,7 +15,6 @@ from make_model import make_tokenizer
 from vllm_flexft.config import FinetuneJob
 from vllm_flexft.data.order import BatchOrder
 from vllm_flexft.graph.ops import ModelShape
-from vllm_flexft.plan import Windows
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.prepared import PreparedJob
 
@@ -87,7 +86,7 @@ def engine_limits() -> EngineLimits:
         activation_policy="auto",
         memory_bytes=lambda: 1e9,
         jobs_at_once=1,
-        windows=Windows(layer=128, loss=32),
+        device="cpu",
     )
 
 

@@ -142,7 +142,11 @@ def test_lanes_shrink_before_anything_is_recomputed_and_never_below_one_sequence
 
 def test_working_buffers_take_the_bytes_that_the_plan_says(bench):
     model = bench("qwen3").served_model()
-    for windows in (backward_windows(model.shape), Windows(layer=61, loss=7), Windows(1000, 999)):
+    for windows in (
+        backward_windows(model.shape, "cpu"),
+        Windows(layer=61, loss=7),
+        Windows(1000, 999),
+    ):
         memory = JobMemory.of(model.shape, JOB, 4, "auto", windows)
         for lanes in (Lanes(1, 33), Lanes(2, 10)):
             made = WorkingBuffers(model.shape, lanes, windows, model.dtype, model.device)

@@ -20,6 +20,7 @@ from vllm_flexft.graph.families import target_layers, target_names
 from vllm_flexft.graph.job_memory import JobMemory
 from vllm_flexft.graph.memory import adapter_parameters
 from vllm_flexft.graph.ops import ModelShape
+from vllm_flexft.graph.windows import backward_windows
 from vllm_flexft.plan import Windows
 from vllm_flexft.publish.adapter_files import check_init_adapter, read_adapter
 from vllm_flexft.publish.checkpoint import latest_checkpoint, read_checkpoint
@@ -47,8 +48,12 @@ class EngineLimits:
     activation_policy: ActivationPolicy
     memory_bytes: Callable[[], float]  # for all that a job allocates
     jobs_at_once: int  # that share `memory_gib`
-    windows: Windows
+    device: str  # as vLLM calls its type
     rank_was_given: bool = False  # by the user; else it is what the jobs named at start need
+
+    @property
+    def windows(self) -> Windows:
+        return backward_windows(self.shape, self.device)
 
     def job_memory(self, job: FinetuneJob) -> JobMemory:
         return JobMemory.of(self.shape, job, self.itemsize, self.activation_policy, self.windows)

@@ -22,7 +22,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from flexft_patches import engine_loop
 from vllm_flexft.graph.ops import ModelShape
-from vllm_flexft.graph.windows import backward_windows
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
@@ -97,9 +96,9 @@ class CoServeMixin(_SchedulerBase):
             shape=self._shape,
             itemsize=self.vllm_config.model_config.dtype.itemsize,
             activation_policy=config.options.activation_policy,
-            memory_bytes=lambda: memory_budget(config.options, device),
+            memory_bytes=lambda: memory_budget(self._co_serve.options, device),
             jobs_at_once=config.options.max_jobs_at_once,
-            windows=backward_windows(self._shape, device),
+            device=device,
         )
         self._engine_limits = limits
         self._feed = JobFeed(config, self.vllm_config.model_config, limits)
