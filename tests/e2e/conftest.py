@@ -35,3 +35,10 @@ def undisturbed(engine: CoServingEngine, tmp_path_factory: pytest.TempPathFactor
     record, _ = train(engine, job(folder))
     assert record.status == "succeeded", record.error
     return weights(folder), health(engine, [])
+
+
+@pytest.fixture(autouse=True)
+def bursts_hold_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests ask for all at once, and want finetuning beside it. tests/sched/test_growth.py and
+    test_planner.py test the hold."""
+    monkeypatch.setattr("vllm_flexft.sched.planner.HORIZON_S", 0.0)

@@ -8,6 +8,7 @@ waits for the worker: progress is what was planned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -68,7 +69,7 @@ class FinetuneRun:
         self.short_of_blocks = False  # and had nothing else to do in its last turn
         self.waiting_for_writer = False  # all is planned; only the final adapter is awaited
         self._opened = self._open_sent = False
-        self._chunks_flow = False  # the last plan had some: blocks may be borrowed ahead of need
+        self._chunks_flow = 0  # chunks of the last plan: for as many blocks are borrowed ahead
         self._next_id = 0
         self._chunk_id = 0
         self._queue = MicroBatchQueue((), limits)  # micro-batches not yet made
@@ -119,7 +120,7 @@ class FinetuneRun:
             if room.exhausted or not self._advance(work, room, lender, reclaim):
                 break
         self.short_of_blocks = work.empty and work.refused_blocks
-        self._chunks_flow = bool(work.chunks)
+        self._chunks_flow = len(work.chunks)
         if work.empty and not self.waiting_for_writer:
             return None
         plan = StepPlan(
@@ -135,9 +136,10 @@ class FinetuneRun:
 
     def prepare(self, lender: KVLender) -> None:
         """Make what the next plans will ask for, while nobody waits."""
-        if self._chunks_flow:
-            batch = self._forwarding or self._begin_next()
-            for sequence in batch.unforwarded() if batch is not None else ():
+        batch = self._forwarding
+        if batch is not None:
+            # No more than the next plan may take: what is borrowed may have been a cached prefix.
+            for sequence in itertools.islice(batch.unforwarded(), self._chunks_flow):
                 if not lender.borrow(sequence.kv):
                     break
         if self._made is None and self._queue:
@@ -149,7 +151,7 @@ class FinetuneRun:
     def release_blocks(self, lender: KVLender) -> bool:
         """Inference needs memory: what was borrowed ahead goes back, and then the youngest
         micro-batch with blocks gives them up."""
-        self._chunks_flow = False
+        self._chunks_flow = 0
         if any(batch.release_unused(lender) for batch in self._active):
             return True
         return any(batch.release(lender) for batch in reversed(self._retired + self._active))
