@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_flexft.plan import PLAN_ATTRIBUTE
+from vllm_flexft.runner.capture_op import Sites
 from vllm_flexft.runner.hook import V2_RUNNER, CoServeRunnerMixin, add_finetuning
 from vllm_flexft.runner.hook_v2 import CoServeV2RunnerMixin, _NoGraphs
 from vllm_flexft.train.activations import LaneRows
@@ -78,6 +79,7 @@ class Base:
         if not dummy_run:
             self.prepare_inputs(scheduler_output, None, None, 0)
         self.seen.append({name: job.capture.rows for name, job in self._jobs.items()})
+        self.seen.append(Sites._open is self._sites)
 
     def prepare_inputs(self, scheduler_output, *_):
         # V2's own order of rows: decodes before prefills, short before long.
@@ -91,6 +93,7 @@ class Base:
 def runner():
     runner = type("Runner", (CoServeV2RunnerMixin, Base), {})()
     runner.start_co_serving(None)
+    runner._sites = Sites()
     store = SimpleNamespace(rows=lambda lane, ranges: LaneRows(lane, tuple(ranges)))
     trainer = SimpleNamespace(begin=lambda _: None, store=store, awaiting=False)
     runner._jobs["job"] = SimpleNamespace(capture=SimpleNamespace(rows=[]), trainer=trainer)
@@ -117,6 +120,8 @@ def test_rows_of_chunks_are_found_in_the_order_of_v2(runner):
     assert runner.execute_model(batch) is None
     assert runner.seen[0] is _NoGraphs
     assert runner.seen[1]["job"] == [LaneRows(0, ((9, 16, 0),)), LaneRows(1, ((1, 4, 40),))]
+    assert runner.seen[2], "the capture ops are heard during the forward"
+    assert Sites._open is None
     assert runner._jobs["job"].capture.rows == []
     assert runner.cudagraph_manager == "graphs"
 
@@ -124,9 +129,9 @@ def test_rows_of_chunks_are_found_in_the_order_of_v2(runner):
 @pytest.mark.parametrize("plans", [(), (plan(),)], ids=["no plan", "slices only"])
 def test_steps_without_chunks_keep_their_graphs(runner, plans):
     runner.execute_model(scheduled(plans, decode=1))
-    assert runner.seen == [str, {"job": []}]
+    assert runner.seen == [str, {"job": []}, False]
 
 
 def test_vllms_dummy_runs_pass_through(runner):
     runner.execute_model(scheduled((), a=1), None, dummy_run=True)
-    assert runner.seen == [str, {"job": []}]
+    assert runner.seen == [str, {"job": []}, False]
