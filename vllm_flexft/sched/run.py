@@ -175,9 +175,7 @@ class FinetuneRun:
         if self._active and self._active[0].forwarded:
             progress = self._plan_slices(self._active[0], work, room)
         batch = self._forwarding
-        if not room.may_begin and batch is not None and not batch.begun:
-            batch = None
-        elif batch is None and room.may_begin:
+        if batch is None and room.may_begin:
             batch = self._begin_next()
         if batch is not None:
             progress = self._plan_chunks(batch, work, room, lender, reclaim) or progress
