@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -265,6 +266,8 @@ def main() -> None:
         parser.error("the Azure traces are needed: give --data-dir or VLLM_FLEXFT_DATA")
     arguments.data_dir = Path(arguments.data_dir)
     started = time.monotonic()
+    for ended in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ended, lambda *_: sys.exit("bench-coserve: stopped"))  # and the servers too
     with contextlib.ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)

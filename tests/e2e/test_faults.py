@@ -35,14 +35,20 @@ FATAL = {
     ],
     "plan": [
         "vllm_flexft.sched.run:FinetuneRun.__init__",
-        "vllm_flexft.sched.run:FinetuneRun.plan",
+        "vllm_flexft.sched.run:FinetuneRun.draw",
+        "vllm_flexft.sched.run:FinetuneRun.commit",
+        "vllm_flexft.sched.run:FinetuneRun.take_back",
         "vllm_flexft.sched.run:FinetuneRun._begin_next",
         "vllm_flexft.sched.run:FinetuneRun._close_phase",
         "vllm_flexft.sched.run:FinetuneRun.on_result",
         "vllm_flexft.sched.sequence_kv:KVLender.extend",
         "vllm_flexft.sched.sequence_kv:KVLender._allocate",
-        "vllm_flexft.sched.scheduler:CoServeMixin._append_chunks",
+        "vllm_flexft.sched.draft:Drafts.of_step",
+        "vllm_flexft.sched.draft:Drafts.draw_ahead",
+        "vllm_flexft.sched.draft:Drafts._draw_run",
         "vllm_flexft.sched.pacer:Pacer.room",
+        "vllm_flexft.sched.pacer:Pacer.room_ahead",
+        "vllm_flexft.sched.pacer:Pacer.holds",
         "vllm_flexft.sched.pacer:Pacer.planned",
         "vllm_flexft.sched.pacer:Pacer.finished",
         "vllm_flexft.sched.pacer:Pacer.learn",
@@ -162,10 +168,10 @@ def points(groups: dict[str, list[str]]) -> list[Any]:
     ]
 
 
-def calls_of(point: str, engine: CoServingEngine, folder: Path) -> int:
+def calls_of(point: str, engine: CoServingEngine, folder: Path, meanwhile: Any) -> int:
     folder.mkdir()
     with faulty(point, at=None) as calls:
-        train(engine, job(folder))
+        train(engine, job(folder), meanwhile)
     return len(calls)
 
 
@@ -178,13 +184,13 @@ def test_exception_at_any_call_fails_the_job_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     healthy, expected = undisturbed
-    count = calls_of(point, engine, tmp_path / "count")
-    assert count > 0, "never called"
 
     def ask_meanwhile(step: int, pump: Pump) -> None:
-        if len(pump.answers) < 3 and step % 3 == 0:
+        if engine.scheduler._runs and len(pump._order) < 3:
             pump.ask(asks[step % 2])
 
+    count = calls_of(point, engine, tmp_path / "count", ask_meanwhile)
+    assert count > 0, "never called"
     failed = 0
     # Every call; of those that are made dozens of times, every n-th.
     for at in range(1, count + 1, max(1, count // 16)):

@@ -44,3 +44,4 @@ def work_a_step(patch: pytest.MonkeyPatch, units: Callable[[], float]) -> None:
         return Room(budget, prices, tokens=tokens, rows=rows, sole_job=sole_job)
 
     patch.setattr(Pacer, "room", room)
+    patch.setattr(Pacer, "room_ahead", room)

@@ -6,19 +6,21 @@ import copy
 import inspect
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_flexft.plan import Chunk
-from vllm_flexft.sched import step_output
+from vllm_flexft.sched.draft import Draft, Part
+from vllm_flexft.sched.planner import StepLoad
 from vllm_flexft.sched.room import ChunkPrompt, PlannedWork
 from vllm_flexft.sched.scheduler import CoServeMixin
+from vllm_flexft.sched.step_output import chunk_requests
 
 BLOCK_IDS = ([1, 2],)
 
@@ -29,20 +31,30 @@ def two_chunks() -> PlannedWork:
     return PlannedWork(chunks=chunks, prompts=[prompt, prompt])
 
 
-def scheduler(zeroing: Any = lambda: None) -> Any:
-    return SimpleNamespace(
-        use_v2_model_runner=False, _chunks_in_flight=[], _get_new_block_ids_to_zero=zeroing
-    )
+class FakeScheduler:
+    """What of the scheduler is asked for."""
+
+    def __init__(self, zeroing: Any = lambda: None) -> None:
+        self._get_new_block_ids_to_zero = zeroing
+        self._chunks_in_flight: list[str] = []
+        self._runs = SimpleNamespace(charge=lambda seconds: None)
+        self.failed: list[Exception] = []
+
+    def _fail(self, run: Any, error: Exception) -> None:
+        self.failed.append(error)
 
 
-def append(fake: Any, output: SchedulerOutput) -> None:
-    run: Any = SimpleNamespace(lora_id=7)
-    CoServeMixin._append_chunks(fake, output, run, two_chunks())
+def append(fake: Any, output: SchedulerOutput, commit: Any = lambda work, room: "plan") -> Any:
+    run, work = cast(Any, SimpleNamespace(lora_id=7, commit=commit)), two_chunks()
+    room: Any = None
+    requests = chunk_requests(work, 7, v2_runner=False)
+    draft = Draft(StepLoad(), room, [Part(run, work, requests)])
+    return CoServeMixin._commit(fake, draft, output)
 
 
 def test_chunks_join_the_step_as_requests_of_their_own():
-    fake, output = scheduler(lambda: [3]), SchedulerOutput.make_empty()
-    append(fake, output)
+    fake, output = FakeScheduler(lambda: [3]), SchedulerOutput.make_empty()
+    assert append(fake, output) == ["plan"]
     assert [r.req_id for r in output.scheduled_new_reqs] == ["chunk-0", "chunk-1"]
     assert output.num_scheduled_tokens == {"chunk-0": 16, "chunk-1": 16}
     assert output.total_num_scheduled_tokens == 32
@@ -50,27 +62,17 @@ def test_chunks_join_the_step_as_requests_of_their_own():
     assert fake._chunks_in_flight == ["chunk-0", "chunk-1"]
 
 
-@pytest.mark.parametrize("at", ["second chunk", "zeroing"])
-def test_a_failure_half_way_leaves_the_step_as_vllm_made_it(
-    at: str, monkeypatch: pytest.MonkeyPatch
-):
-    calls: list[Any] = []
+@pytest.mark.parametrize("at", ["commit", "zeroing"])
+def test_a_failure_half_way_leaves_the_step_as_vllm_made_it(at: str):
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no")
 
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if at == "zeroing" or len(calls) == 2:
-            raise RuntimeError("no")
-        return NewRequestData(*args, **kwargs)
-
-    fake, output = (
-        scheduler(fails if at == "zeroing" else lambda: None),
-        SchedulerOutput.make_empty(),
-    )
-    if at == "second chunk":
-        monkeypatch.setattr(step_output, "NewRequestData", fails)
+    fake = FakeScheduler(fails if at == "zeroing" else lambda: None)
+    output = SchedulerOutput.make_empty()
     before = copy.deepcopy(output)
-    with pytest.raises(RuntimeError):
-        append(fake, output)
+    plans = append(fake, output, fails if at == "commit" else lambda work, room: "plan")
+    assert plans == []
+    assert len(fake.failed) == 1
     assert output == before
     assert fake._chunks_in_flight == []
 
@@ -93,7 +95,7 @@ def test_model_runner_v2_can_stage_the_tokens_of_a_chunk():
     staged = object.__new__(StagedWriteTensor)
     staged._staged_write_indices, staged._staged_write_starts = [], []
     staged._staged_write_contents, staged._staged_write_cu_lens = [], []
-    for request in step_output.chunk_requests(two_chunks(), 7, v2_runner=True):
+    for request in chunk_requests(two_chunks(), 7, v2_runner=True):
         staged.stage_write(0, 0, request.prefill_token_ids)
         assert request.prompt_len == 17
     assert staged._staged_write_contents == [*range(17), *range(17)]

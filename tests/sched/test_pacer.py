@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from harness.plant import COSTS, PRIOR, Plant
@@ -9,6 +11,7 @@ from harness.plant import COSTS, PRIOR, Plant
 from vllm_flexft.sched.latency import Feature, LatencyModel
 from vllm_flexft.sched.pacer import Pacer
 from vllm_flexft.sched.planner import TTFT_SHARE, Objectives, StepLoad
+from vllm_flexft.sched.room import Room
 from vllm_flexft.sched.trace import StepTrace
 
 TPOT_S = 0.050
@@ -189,3 +192,59 @@ def test_a_step_that_cannot_be_learnt_is_told_once_and_forgotten(
         pacer.learn()
     pacer.learn()
     assert pacer.model_state()["num_observed"] == 0
+
+
+STEADY = StepLoad(decode_rows=8, context=4000, num_requests=8)
+
+
+@pytest.fixture
+def learnt() -> Server:
+    server = new()
+    for _ in range(200):
+        server.step(STEADY)
+    return server
+
+
+def drawn_ahead(server: Server, load: StepLoad) -> Room:
+    room = server.pacer.room_ahead(server.now, load, tokens=2048, rows=8)
+    tokens = room.fit_chunk(0, 10**6, 16)
+    assert tokens > 0
+    room.take_chunk(0, tokens)
+    return room
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({}, True),
+        ({"decode_rows": 7}, True),
+        ({"decode_rows": 9}, False),
+        ({"prefill_tokens": 1}, False),
+        ({"context": 4001}, False),
+        ({"num_waiting": 1}, False),
+        ({"num_requests": 9}, False),
+        ({"decode_rows": 0, "context": 0, "num_requests": 0}, False),
+    ],
+)
+def test_what_was_drawn_ahead_holds_for_the_load_foreseen_and_a_little_less(
+    change, holds, learnt: Server
+):
+    room = drawn_ahead(learnt, STEADY)
+    load = replace(STEADY, **change)
+    assert learnt.pacer.holds(learnt.now, load, STEADY, room) is holds
+
+
+def test_what_was_drawn_for_an_idle_step_does_not_hold_when_a_request_is_there(learnt: Server):
+    room, now = drawn_ahead(learnt, IDLE), learnt.now
+    assert learnt.pacer.holds(now, IDLE, IDLE, room)
+    assert not learnt.pacer.holds(now, StepLoad(prefill_tokens=1, num_requests=1), IDLE, room)
+    assert not learnt.pacer.holds(now, StepLoad(num_waiting=1), IDLE, room)
+
+
+def test_what_was_drawn_ahead_does_not_hold_when_it_would_make_a_token_late(learnt: Server):
+    now, foreseen = learnt.now, StepLoad(decode_rows=1, context=16, num_requests=1)
+    learnt.pacer.tokens.first_token("a", now)
+    room = drawn_ahead(learnt, foreseen)
+    assert learnt.pacer.holds(now, foreseen, foreseen, room)
+    late = now + 0.5 * TPOT_S  # the step before was long
+    assert not learnt.pacer.holds(late, foreseen, foreseen, room)

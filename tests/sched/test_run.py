@@ -114,6 +114,13 @@ def new_run(prepared: PreparedJob, kv_blocks: int = 64) -> FinetuneRun:
     return FinetuneRun(prepared, limits, LAYERS, "model", 7)
 
 
+def plan_step(
+    run: FinetuneRun, room: Room, lender: KVLender
+) -> tuple[StepPlan, PlannedWork] | None:
+    work = run.draw(room, lender)
+    return None if work is None else (run.commit(work, room), work)
+
+
 def drive(
     run: FinetuneRun,
     keeper: BookKeeper,
@@ -122,30 +129,49 @@ def drive(
     before_step: Callable[[int], None] = lambda step: None,
     delay: int = 0,
     prepared: Callable[[int], bool] = lambda step: False,
+    ahead: Callable[[int], bool | None] = lambda step: None,
 ) -> list[Any]:
     """Plan and run steps until the final adapter is written; results come `delay` steps later, as
-    with vLLM's asynchronous scheduling. `prepared`: whether the next plan is, in that step."""
+    with vLLM's asynchronous scheduling. `prepared`: whether the next plan is, in that step.
+    `ahead`: whether the next step's work is drawn in that step, and then (True) sent, or (False)
+    taken back and drawn for another room."""
     records: list[Any] = []
     late: list[StepResult] = []
+    drawn: tuple[PlannedWork, Room, tuple[Any, ...]] | None = None
     for step in range(5000):
-        before_step(step)
-        given_room = room(step)
-        tokens, rows = given_room.tokens, given_room.rows
-        units, idle = given_room.seconds, given_room.idle
-        planned = run.plan(given_room, lender)
-        if planned is not None:
-            plan, work = planned
+        if drawn is None:
+            before_step(step)
+            given_room = room(step)
+            limits = _limits(given_room)
+            work = run.draw(given_room, lender)
+        else:
+            (work, given_room, limits), drawn = drawn, None
+        tokens, rows, units, idle = limits
+        if work is not None:
+            plan = run.commit(work, given_room)
             assert sum(chunk.num_tokens for chunk in plan.chunks) <= tokens
             assert len(plan.chunks) <= min(rows, MAX_ROWS)
             assert idle or given_room.spent <= units + 1e-9
             late.append(keeper.run(plan, work))
         if prepared(step):
             run.prepare(lender)
-        while len(late) > delay or (planned is None and late):
+        if (sent := ahead(step)) is not None and run.foreseeable:
+            next_room = room(step + 1)
+            limits = _limits(next_room)
+            if (drawn_work := run.draw(next_room, lender)) is not None:
+                if sent:
+                    drawn = drawn_work, next_room, limits
+                else:
+                    run.take_back(drawn_work)
+        while len(late) > delay or (work is None and late):
             records += run.on_result(late.pop(0))
         if any(getattr(r, "written", None) and r.written.final for r in records):
             return records
     raise AssertionError(f"not done: step {run.step}, {len(keeper.finished)} micro-batches")
+
+
+def _limits(room: Room) -> tuple[int, int, float, bool]:
+    return room.tokens, room.rows, room.seconds, room.idle
 
 
 def plenty(step: int) -> Room:
@@ -168,13 +194,14 @@ rooms = st.lists(
 )  # fmt: skip
 @given(
     lengths, rooms, st.lists(st.integers(0, 200), max_size=20), st.sampled_from([0, 1]),
-    st.sampled_from([0, 1, 3]),
+    st.sampled_from([0, 1, 3]), st.lists(st.sampled_from([None, True, False]), max_size=9),
 )  # fmt: skip
 def test_every_step_trains_on_its_rows_once_whatever_the_load(
     prepare: Any, make_manager: Any, lengths: list, rooms: list, releases: list, delay: int,
-    prepared_every: int,
+    prepared_every: int, ahead: list,
 ) -> None:  # fmt: skip
-    """Random rooms and random memory pressure: rows, order, updates and blocks come out right."""
+    """Random rooms and random memory pressure, with steps drawn ahead: rows, order, updates and
+    blocks come out right."""
     prepared = prepare(lengths, valid=[30, 20], every_steps=2, save_steps=2, max_steps=4)
     manager = make_manager(20)
     free = manager.block_pool.get_num_free_blocks()
@@ -194,7 +221,10 @@ def test_every_step_trains_on_its_rows_once_whatever_the_load(
     def prepared_in(step: int) -> bool:
         return prepared_every > 0 and step % prepared_every == 0
 
-    records = drive(run, keeper, lender, room, release, delay, prepared_in)
+    def drawn_in(step: int) -> bool | None:
+        return ahead[step % len(ahead)] if ahead else None
+
+    records = drive(run, keeper, lender, room, release, delay, prepared_in, drawn_in)
 
     assert keeper.updates == [0, 1, 2, 3]
     for step in range(4):
@@ -222,8 +252,8 @@ def test_what_is_prepared_is_what_would_have_been_planned(prepare: Any, make_man
     for step in range(200):
         told = []
         for ahead, (run, lender, keeper) in enumerate(runs):
-            planned = run.plan(
-                unit_room(40.0 + step % 3, tokens=40, rows=2, idle=False, costs=COSTS), lender
+            planned = plan_step(
+                run, unit_room(40.0 + step % 3, tokens=40, rows=2, idle=False, costs=COSTS), lender
             )
             if ahead:
                 run.prepare(lender)
@@ -244,6 +274,46 @@ def test_what_is_prepared_is_what_would_have_been_planned(prepare: Any, make_man
     raise AssertionError("not done")
 
 
+def test_what_was_taken_back_is_drawn_again_as_if_it_had_never_been(
+    prepare: Any, make_manager: Any
+) -> None:
+    """Two runs of the same job; before each step of one of them another step is drawn for it, with
+    a room of another size, and taken back."""
+    prepared = [prepare([20, 70, 5, 33, 90, 12], valid=[30], max_steps=4) for _ in range(2)]
+    runs = [(new_run(one), KVLender(make_manager(64), 2), BookKeeper(one)) for one in prepared]
+    finals = taken_back = 0
+    for step in range(200):
+        told = []
+        for disturbed, (run, lender, keeper) in enumerate(runs):
+            if disturbed and run.foreseeable:
+                other = unit_room(
+                    (11.0, 90.0, 1e6)[step % 3], tokens=90, rows=4, idle=False, costs=COSTS
+                )
+                if (work := run.draw(other, lender)) is not None:
+                    run.take_back(work)
+                    taken_back += 1
+            planned = plan_step(
+                run, unit_room(40.0 + step % 3, tokens=40, rows=2, idle=False, costs=COSTS), lender
+            )
+            if planned is None:
+                told.append(None)
+                continue
+            plan, work = planned
+            tokens = [prompt.token_ids.tolist() for prompt in work.prompts]
+            slices = [(p.micro_batch, p.count, p.block_ids is None) for p in plan.backward]
+            begun = [(batch.id, batch.lane, batch.offsets, batch.train) for batch in plan.begin]
+            chunks = [(c.lane, c.row, c.num_tokens) for c in plan.chunks]
+            save = None if plan.save is None else (plan.save.step, plan.save.final)
+            told.append((begun, chunks, tokens, slices, plan.optimizer_step, save))
+            run.on_result(keeper.run(plan, work))
+            finals += plan.save is not None and plan.save.final
+        assert told[0] == told[1]
+        if finals == 2:
+            assert taken_back > 20
+            return
+    raise AssertionError("not done")
+
+
 def test_the_next_plan_neither_allocates_nor_reads_rows_once_it_is_prepared(
     prepare: Any, make_manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +324,7 @@ def test_the_next_plan_neither_allocates_nor_reads_rows_once_it_is_prepared(
         return unit_room(1e9, tokens=60, rows=8, idle=False, costs=COSTS)
 
     for room in (plenty(0), one()):
-        planned = run.plan(room, lender)
+        planned = plan_step(run, room, lender)
         assert planned is not None
         run.on_result(keeper.run(*planned))
     free = manager.block_pool.get_num_free_blocks()
@@ -266,7 +336,7 @@ def test_the_next_plan_neither_allocates_nor_reads_rows_once_it_is_prepared(
 
     monkeypatch.setattr(manager, "allocate_slots", not_now)
     monkeypatch.setattr(type(prepared.train), "__getitem__", not_now)
-    planned = run.plan(one(), lender)
+    planned = plan_step(run, one(), lender)
     assert planned is not None
     assert planned[0].chunks
 
@@ -278,7 +348,7 @@ def test_what_was_borrowed_ahead_goes_back_first_and_the_forward_stays(
     run, lender, keeper = new_run(prepared), KVLender(manager, 0), BookKeeper(prepared)
     rooms = (plenty(0), unit_room(1e9, tokens=60, rows=8, idle=False, costs=COSTS))
     for room in rooms:
-        planned = run.plan(room, lender)
+        planned = plan_step(run, room, lender)
         assert planned is not None
         run.on_result(keeper.run(*planned))
     held = lender.num_blocks
@@ -292,10 +362,13 @@ def test_what_was_borrowed_ahead_goes_back_first_and_the_forward_stays(
 def test_nothing_is_borrowed_ahead_while_no_chunks_fit(prepare: Any, make_manager: Any) -> None:
     manager = make_manager(64)
     run, lender = new_run(prepare([60] * 4)), KVLender(manager, 0)
-    run.plan(plenty(0), lender)
+    plan_step(run, plenty(0), lender)
     run.on_result(StepResult("job", opened=True))
     for _ in range(3):
-        assert run.plan(unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender) is None
+        assert (
+            plan_step(run, unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender)
+            is None
+        )
         run.prepare(lender)
         assert manager.block_pool.get_num_free_blocks() == 64
 
@@ -324,20 +397,27 @@ def test_a_sequence_longer_than_that_part_goes_alone(prepare: Any, make_manager:
 
 def test_no_room_means_no_plan(prepare: Any, make_manager: Any) -> None:
     run, lender = new_run(prepare([20])), KVLender(make_manager(64), 0)
-    run.plan(plenty(0), lender)
+    plan_step(run, plenty(0), lender)
     run.on_result(StepResult("job", opened=True))
-    assert run.plan(unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender) is None
-    assert run.plan(unit_room(1e9, tokens=0, rows=8, idle=False, costs=COSTS), lender) is None
-    assert run.plan(unit_room(1e9, tokens=512, rows=0, idle=False, costs=COSTS), lender) is None
-    assert run.plan(unit_room(1e9, tokens=512, rows=8, idle=False, costs=COSTS), lender) is not None
+    assert (
+        plan_step(run, unit_room(0.0, tokens=512, rows=8, idle=False, costs=COSTS), lender) is None
+    )
+    assert plan_step(run, unit_room(1e9, tokens=0, rows=8, idle=False, costs=COSTS), lender) is None
+    assert (
+        plan_step(run, unit_room(1e9, tokens=512, rows=0, idle=False, costs=COSTS), lender) is None
+    )
+    assert (
+        plan_step(run, unit_room(1e9, tokens=512, rows=8, idle=False, costs=COSTS), lender)
+        is not None
+    )
 
 
 def test_nothing_is_planned_before_the_job_is_open(prepare: Any, make_manager: Any) -> None:
     run, lender = new_run(prepare([20])), KVLender(make_manager(64), 0)
-    first = run.plan(plenty(0), lender)
+    first = plan_step(run, plenty(0), lender)
     assert first is not None
     assert first[0].open_job is not None
-    assert run.plan(plenty(1), lender) is None
+    assert plan_step(run, plenty(1), lender) is None
 
 
 def test_release_takes_blocks_of_the_youngest_micro_batch_first(
@@ -347,10 +427,10 @@ def test_release_takes_blocks_of_the_youngest_micro_batch_first(
     manager = make_manager(64)
     run, lender = new_run(prepared), KVLender(manager, 0)
     keeper = BookKeeper(prepared)
-    plan = run.plan(plenty(0), lender)
+    plan = plan_step(run, plenty(0), lender)
     assert plan is not None
     run.on_result(keeper.run(*plan))
-    plan = run.plan(unit_room(100, tokens=512, rows=8, idle=False, costs=COSTS), lender)
+    plan = plan_step(run, unit_room(100, tokens=512, rows=8, idle=False, costs=COSTS), lender)
     assert plan is not None
     held = 64 - manager.block_pool.get_num_free_blocks()
     assert held == 7  # 100 tokens

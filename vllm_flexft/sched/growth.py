@@ -18,11 +18,12 @@ class Growth:
     def __init__(self) -> None:
         self._mean = 0.0
         self._at = -math.inf
+        self.rate = 0.0  # what `update` last told
 
-    def update(self, now: float, requests: int) -> float:
-        """Requests a second by which `requests`, running and waiting, have grown, beyond `TREND`.
-        After a pause nothing is known: what is there then, has been there."""
+    def update(self, now: float, requests: int) -> None:
+        """`requests`: running and waiting. `rate` becomes by how many a second they have grown,
+        beyond `TREND`. After a pause nothing is known: what is there then, has been there."""
         passed = now - self._at
         self._at = now
         self._mean += (requests - self._mean) * (1.0 - math.exp(-passed / MEMORY_S))
-        return max(0.0, (requests - self._mean - TREND) / MEMORY_S)
+        self.rate = max(0.0, (requests - self._mean - TREND) / MEMORY_S)

@@ -104,6 +104,10 @@ class ScheduledMicroBatch:
     def unforwarded(self) -> Iterator[ScheduledSequence]:
         return (s for s in self.sequences[self._num_forwarded :] if s.remaining)
 
+    def shortened(self) -> None:
+        """Some of its sequences have fewer tokens forwarded than before."""
+        self._num_forwarded = 0
+
     def prompt(self, sequence: ScheduledSequence, stop: int) -> npt.NDArray[np.int32]:
         """The sequence's first `stop` tokens and, unread, one more: vLLM then takes a chunk up to
         `stop` for a part of a longer prompt and samples nothing for it."""
@@ -130,5 +134,5 @@ class ScheduledMicroBatch:
         for sequence in self.sequences:
             lender.free(sequence.kv)
         self.located = False
-        self._num_forwarded = 0
+        self.shortened()
         return held

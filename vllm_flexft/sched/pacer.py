@@ -4,6 +4,7 @@ Holds the latency model, the objectives and when tokens are due; the same object
 and in the simulator. Time is passed in, nothing is read from a clock or from vLLM.
 
     room = pacer.room(now, load, tokens=..., rows=...)  # planning draws it down
+    pacer.holds(now, load, foreseen, room)              # one that was drawn down ahead
     pacer.planned(key, now, load, room)                 # once a step, with or without finetuning
     pacer.learn()                                       # while it runs
     pacer.finished(key, now)                            # when its output is there
@@ -97,18 +98,34 @@ class Pacer:
         """What finetuning may do in a step; `tokens`, `rows`: what inference left of them."""
         if not load.num_tokens:
             self.learn()
+        self._growth.update(now, load.num_requests)
+        return self.room_ahead(now, load, tokens=tokens, rows=rows, sole_job=sole_job)
+
+    def room_ahead(
+        self, now: float, load: StepLoad, *, tokens: int, rows: int, sole_job: bool = True
+    ) -> Room:
+        """As `room`, of a step that is foreseen while another one runs."""
         start = self._start(now)
         budget = allow(
             load,
             self._objectives,
             self._model,
             due_s=self.tokens.due(start) - start,
-            growth=self._growth.update(now, load.num_requests),
+            growth=self._growth.rate,
             rows=rows,
             share_credit=self._share_credit,
         )
         prices, estimate = self._prices(budget)
         return Room(budget, prices, tokens=tokens, rows=rows, sole_job=sole_job, estimate=estimate)
+
+    def holds(self, now: float, load: StepLoad, foreseen: StepLoad, room: Room) -> bool:
+        """Whether what was taken of `room`, in a step with the load `foreseen`, may be done in this
+        one."""
+        self._growth.update(now, load.num_requests)
+        if not foreseen.covers(load):
+            return False
+        start = self._start(now)
+        return room.budget.bound + room.spent <= self.tokens.due(start) - start
 
     def _prices(self, budget: Budget) -> tuple[Sequence[float], StepEstimate | None]:
         """What work is charged at in a step, and the estimate of the whole step if that is less."""

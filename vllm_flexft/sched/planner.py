@@ -66,6 +66,24 @@ class StepLoad:
     def features(self) -> Vector:
         return np.array(self.amounts, dtype=np.float64)
 
+    def next(self, block_size: int) -> StepLoad | None:
+        """Of the next step if nobody comes or goes, and at most; None if that is not likely."""
+        rows = self.num_requests
+        if self.num_waiting or (rows and not self.num_tokens):
+            return None
+        return StepLoad(rows, context=self.context + rows * block_size, num_requests=rows)
+
+    def covers(self, other: StepLoad) -> bool:
+        """This load is one like `other`, and of everything as much or more."""
+        return (
+            other.prefill_tokens <= self.prefill_tokens
+            and other.decode_rows <= self.decode_rows
+            and other.context <= self.context
+            and other.num_requests <= self.num_requests
+            and not other.num_waiting
+            and bool(other.decode_rows) == bool(self.decode_rows)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Objectives:

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_flexft.config import ActivationPolicy
-from vllm_flexft.plan import BackwardSlices, Chunk, OptimizerStep, SaveRequest, Windows
+from vllm_flexft.plan import BackwardSlices, Chunk, OpenJob, OptimizerStep, SaveRequest, Windows
 from vllm_flexft.plan import MicroBatch as MicroBatchSpec
 from vllm_flexft.sched.latency import NUM_FEATURES, Feature, Vector
 from vllm_flexft.sched.planner import Budget
+from vllm_flexft.sched.prepared import PreparedJob
+from vllm_flexft.sched.sequence_kv import SequenceKV
 from vllm_flexft.sched.slice_amounts import SliceAmounts
 from vllm_flexft.sched.step_estimate import StepEstimate, Work
 
@@ -35,6 +37,24 @@ class Limits:
     activation_policy: ActivationPolicy
     memory_bytes: float = 0.0  # for all that training allocates
     adapter_parameters: int = 0
+
+
+def opening(prepared: PreparedJob, limits: Limits, base_model: str, lora_id: int) -> OpenJob:
+    """What the worker is told of a job before its first work."""
+    return OpenJob(
+        job_id=prepared.job_id,
+        job=prepared.job,
+        config_hash=prepared.config_hash,
+        output_dir=str(prepared.output_dir),
+        base_model=base_model,
+        lora_int_id=lora_id,
+        windows=limits.windows,
+        lane_tokens=limits.lane_tokens,
+        num_lanes=limits.num_lanes,
+        activation_policy=limits.activation_policy,
+        memory_bytes=limits.memory_bytes,
+        resume_from=str(prepared.resume_from) if prepared.resume_from else None,
+    )
 
 
 class Room:
@@ -231,9 +251,11 @@ class ChunkPrompt:
 class PlannedWork:
     """A step plan under construction, with the tokens behind its chunks."""
 
+    open_job: OpenJob | None = None
     begin: list[MicroBatchSpec] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     prompts: list[ChunkPrompt] = field(default_factory=list)
+    lengthened: list[SequenceKV] = field(default_factory=list)  # by a chunk each
     backward: list[BackwardSlices] = field(default_factory=list)
     optimizer_step: OptimizerStep | None = None
     save: SaveRequest | None = None

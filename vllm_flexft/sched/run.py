@@ -2,22 +2,22 @@
 
 An optimizer step is a list of micro-batches; each goes forward (chunks) and then backward
 (slices); when all are through, the update is planned, then what follows it (evaluation,
-checkpoint), then the next step. `plan` takes as much of that as the budget allows. Nothing here
-waits for the worker: progress is what was planned.
+checkpoint), then the next step. `draw` takes as much of that as the budget allows, `commit` makes
+it the plan of a step, `take_back` undoes it where the step did not come. Nothing here waits for the
+worker: progress is what was planned.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vllm_flexft.config import FinetuneJob
-from vllm_flexft.data.dataset import TrainingSequence
 from vllm_flexft.plan import (
     BackwardSlices,
     Chunk,
-    OpenJob,
     OptimizerStep,
     SaveRequest,
     StepPlan,
@@ -28,31 +28,13 @@ from vllm_flexft.sched.latency import Feature
 from vllm_flexft.sched.micro_batch import ScheduledMicroBatch
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import Record, RunProgress
-from vllm_flexft.sched.room import ChunkPrompt, Limits, PlannedWork, Room
+from vllm_flexft.sched.room import ChunkPrompt, Limits, PlannedWork, Room, opening
 from vllm_flexft.sched.sequence_kv import KVLender
+from vllm_flexft.sched.starvation import StarvationLog
+from vllm_flexft.sched.step_rows import StepRows
 
 MIN_CHUNK = 16  # tokens; a smaller one costs more in overhead than it moves
 GOOD_CHUNK = 64  # tokens; fewer are left for a later step when this one has other work
-
-
-@dataclass(frozen=True, slots=True)
-class _StepRows:
-    """What an optimizer step trains on."""
-
-    step: int
-    sequences: list[TrainingSequence]
-    num_targets: int
-    num_tokens: int
-
-    @classmethod
-    def of(cls, prepared: PreparedJob, step: int) -> _StepRows:
-        sequences = [prepared.train[row] for row in prepared.order.rows(step)]
-        return cls(
-            step,
-            sequences,
-            num_targets=sum(s.num_targets for s in sequences),
-            num_tokens=sum(len(s.token_ids) for s in sequences),
-        )
 
 
 class FinetuneRun:
@@ -67,6 +49,7 @@ class FinetuneRun:
             prepared.counters, prepared.job.training.early_stopping_patience
         )
         self.short_of_blocks = False  # and had nothing else to do in its last turn
+        self.starvation = StarvationLog()
         self.waiting_for_writer = False  # all is planned; only the final adapter is awaited
         self._opened = self._open_sent = False
         self._chunks_flow = 0  # chunks of the last plan: for as many blocks are borrowed ahead
@@ -74,7 +57,7 @@ class FinetuneRun:
         self._chunk_id = 0
         self._queue = MicroBatchQueue((), limits)  # micro-batches not yet made
         self._made: ScheduledMicroBatch | None = None  # the next to begin
-        self._next_rows: _StepRows | None = None  # of the next optimizer step
+        self._next_rows: StepRows | None = None  # of the next optimizer step
         self._loss_scale = 0.0
         self._step_input_tokens = 0
         self._active: list[ScheduledMicroBatch] = []
@@ -102,9 +85,17 @@ class FinetuneRun:
 
     # ---- planning
 
-    def plan(
+    @property
+    def foreseeable(self) -> bool:
+        """Forward and backward of an optimizer step are under way: what comes next can be drawn
+        ahead, and taken back."""
+        return self._opened and not (
+            self._evaluating or self._after_update or self.waiting_for_writer
+        )
+
+    def draw(
         self, room: Room, lender: KVLender, reclaim: Callable[[], bool] = lambda: False
-    ) -> tuple[StepPlan, PlannedWork] | None:
+    ) -> PlannedWork | None:
         """Fill `room` with the next work; None when nothing fits or nothing is left.
 
         `reclaim` has another job give blocks back; False when there are none to give.
@@ -121,10 +112,16 @@ class FinetuneRun:
                 break
         self.short_of_blocks = work.empty and work.refused_blocks
         self._chunks_flow = len(work.chunks)
-        if work.empty and not self.waiting_for_writer:
-            return None
-        plan = StepPlan(
+        return None if work.empty and not self.waiting_for_writer else work
+
+    def commit(self, work: PlannedWork, room: Room) -> StepPlan:
+        """The step that `work` was drawn for is sent."""
+        self.starvation.progress(time.monotonic())
+        if work.optimizer_step is not None:
+            self._updated(work, room)
+        return StepPlan(
             job_id=self.job_id,
+            open_job=work.open_job,
             begin=tuple(work.begin),
             chunks=tuple(work.chunks),
             backward=tuple(work.backward),
@@ -132,7 +129,25 @@ class FinetuneRun:
             save=work.save,
             wait_for_writer=self.waiting_for_writer and room.idle and room.sole_job,
         )
-        return plan, work
+
+    def take_back(self, work: PlannedWork) -> None:
+        """The step that `work` was drawn for does not come. Of one that was `foreseeable`, and
+        before any blocks are released."""
+        for slices in reversed(work.backward):
+            batch = next(b for b in (*self._retired, *self._active) if b.id == slices.micro_batch)
+            if batch.finished:
+                self._retired.remove(batch)
+                self._active.insert(0, batch)
+            batch.slices_done -= slices.count
+            if slices.block_ids is not None:
+                batch.located = False
+        for chunk, kv in zip(work.chunks, work.lengthened, strict=True):
+            kv.num_tokens -= chunk.num_tokens
+        begun = {spec.id for spec in work.begin}
+        for batch in self._active:
+            batch.shortened()
+            if batch.id in begun:
+                batch.begun = False
 
     def prepare(self, lender: KVLender) -> None:
         """Make what the next plans will ask for, while nobody waits."""
@@ -146,7 +161,7 @@ class FinetuneRun:
             self._made = self._make_next()
         step = self.step if self._after_update else self.step + 1
         if step < self.total_steps and (self._next_rows is None or self._next_rows.step != step):
-            self._next_rows = _StepRows.of(self.prepared, step)
+            self._next_rows = StepRows.of(self.prepared, step)
 
     def release_blocks(self, lender: KVLender) -> bool:
         """Inference needs memory: what was borrowed ahead goes back, and then the youngest
@@ -244,6 +259,7 @@ class FinetuneRun:
                     block_ids=sequence.kv.block_ids,
                 )
             )
+            work.lengthened.append(sequence.kv)
             room.take_chunk(start, tokens)
             planned = True
         return planned
@@ -293,7 +309,7 @@ class FinetuneRun:
             return
         rows, self._next_rows = self._next_rows, None
         if rows is None or rows.step != self.step:
-            rows = _StepRows.of(self.prepared, self.step)
+            rows = StepRows.of(self.prepared, self.step)
         self._loss_scale = 1.0 / rows.num_targets
         self.counters.num_tokens += rows.num_targets
         self.counters.num_input_tokens += rows.num_tokens
@@ -325,6 +341,10 @@ class FinetuneRun:
             num_input_tokens=self.counters.num_input_tokens,
             step_input_tokens=self._step_input_tokens,
         )
+        return True
+
+    def _updated(self, work: PlannedWork, room: Room) -> None:
+        """What follows the update that `work` holds."""
         self.step += 1
         self._after_update = True
         if self._evaluation_due():
@@ -335,8 +355,8 @@ class FinetuneRun:
                 (validation[i] for i in range(len(validation))), self.limits
             )
             self.progress.evaluation_planned(self.step, validation.report.targets)
-            return True
-        return self._finish_step(work, room)
+        else:
+            self._finish_step(work, room)
 
     def _evaluation_due(self) -> bool:
         validation = self.job.validation
@@ -363,24 +383,10 @@ class FinetuneRun:
         self._start_step()
         return True
 
-    def _open(self, work: PlannedWork) -> tuple[StepPlan, PlannedWork] | None:
+    def _open(self, work: PlannedWork) -> PlannedWork | None:
         """Sent alone and awaited: a batch must not name an adapter that could not be opened."""
         if self._open_sent:
             return None
         self._open_sent = True
-        limits, prepared = self.limits, self.prepared
-        setup = OpenJob(
-            job_id=prepared.job_id,
-            job=prepared.job,
-            config_hash=prepared.config_hash,
-            output_dir=str(prepared.output_dir),
-            base_model=self._base_model,
-            lora_int_id=self.lora_id,
-            windows=limits.windows,
-            lane_tokens=limits.lane_tokens,
-            num_lanes=limits.num_lanes,
-            activation_policy=limits.activation_policy,
-            memory_bytes=limits.memory_bytes,
-            resume_from=str(prepared.resume_from) if prepared.resume_from else None,
-        )
-        return StepPlan(job_id=self.job_id, open_job=setup), work
+        work.open_job = opening(self.prepared, self.limits, self._base_model, self.lora_id)
+        return work

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from vllm_flexft.graph.ops import ModelShape
 from vllm_flexft.plan import PLAN_ATTRIBUTE, RESULT_ATTRIBUTE, StepPlan, StepResult
 from vllm_flexft.sched.admission import EngineLimits
 from vllm_flexft.sched.costs import UnitCosts
+from vllm_flexft.sched.draft import Draft, Drafts
 from vllm_flexft.sched.feed import JobFeed
 from vllm_flexft.sched.latency import LatencyModel
 from vllm_flexft.sched.latency_file import latency_file
@@ -34,12 +34,11 @@ from vllm_flexft.sched.planner import Objectives, StepLoad
 from vllm_flexft.sched.prepared import PreparedJob
 from vllm_flexft.sched.progress import EndRecord, WrittenRecord
 from vllm_flexft.sched.reclaim import BlockReclaim
-from vllm_flexft.sched.room import PlannedWork, Room
+from vllm_flexft.sched.room import Room
 from vllm_flexft.sched.run import FinetuneRun
 from vllm_flexft.sched.run_set import RunSet
 from vllm_flexft.sched.sequence_kv import KVLender
-from vllm_flexft.sched.starvation import StarvationLog
-from vllm_flexft.sched.step_output import append_chunks, chunk_requests, is_measurable, load_of
+from vllm_flexft.sched.step_output import append_chunks, is_measurable, load_of
 from vllm_flexft.sched.trace import StepTrace
 from vllm_flexft.wiring import TRAINING_LORA_ID_BASE, CoServeConfig, base_model, memory_budget
 
@@ -76,6 +75,7 @@ class CoServeMixin(_SchedulerBase):
         self._runs = RunSet()
         self._reclaim = BlockReclaim(self.kv_cache_manager, self._lender, self._runs)
         self._closing: list[StepPlan] = []
+        self._load = StepLoad()  # of the last step
         self._jobs_opened = 0
         self._chunks_in_flight: list[str] = []
         self._pacing_failed = False  # and it was said
@@ -86,7 +86,16 @@ class CoServeMixin(_SchedulerBase):
         self._latency_file.load(model)
         trace = StepTrace() if config.options.step_trace is not None else None
         self._pacer = Pacer(model, self._objectives(), trace)
-        self._starvation: dict[str, StarvationLog] = defaultdict(StarvationLog)  # by job
+        self._drafts = Drafts(
+            self._runs,
+            self._lender,
+            self._pacer,
+            self._fail,
+            max_tokens=self.max_num_scheduled_tokens,
+            max_rows=self.scheduler_config.max_num_seqs,
+            block_size=self.block_size,
+            v2_runner=self.use_v2_model_runner,
+        )
         self._engine_running: Callable[[], bool] = lambda: True
         limits = EngineLimits(
             max_model_len=self.max_model_len,
@@ -132,7 +141,7 @@ class CoServeMixin(_SchedulerBase):
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         self._pacer.tokens.ended(output.finished_req_ids)
         self._in_prefill.update(request.req_id for request in output.scheduled_new_reqs)
-        load = self._load_of(output)
+        load = self._load = self._load_of(output)
         room = None
         if self._may_finetune():
             room = self._append_finetuning(output, load, entered)
@@ -154,6 +163,7 @@ class CoServeMixin(_SchedulerBase):
                     run.prepare(self._lender)
                 except Exception as error:
                     self._fail(run, error)
+            self._guarded(self._drafts.draw_ahead, time.monotonic(), self._load)
         return bitmask
 
     def update_from_output(
@@ -254,63 +264,38 @@ class CoServeMixin(_SchedulerBase):
         """Add finetune work to a scheduled step; returns what it took, None without a job. Never
         raises: an error in planning fails the job, not the engine."""
         while self._feed.has_ready() and (prepared := self._feed.take()) is not None:
+            self._drafts.take_back()
             self._start(prepared)
+        for run in self._runs:
+            if self._feed.is_cancelled(run.job_id):
+                self._end(run, EndRecord(cancelled=True))
         if not (self._runs or self._closing):
             return None
         plans, self._closing = self._closing, []
-        room: Room | None = self._guarded(
-            self._pacer.room,
-            now,
-            load,
-            tokens=self.max_num_scheduled_tokens - output.total_num_scheduled_tokens,
-            rows=self.scheduler_config.max_num_seqs - len(output.num_scheduled_tokens),
-            sole_job=len(self._runs) == 1,
-        )
-        if room is None:
-            setattr(output, PLAN_ATTRIBUTE, tuple(plans))
-            return None
         closing = {plan.job_id for plan in plans}
-        work: dict[str, float] = {}
-        for run in self._runs.in_turn():
-            if run.job_id in closing:
-                continue  # submitted again; its next run opens when the worker closed this one
-            spent = room.spent
+        rows = len(output.num_scheduled_tokens)
+        draft: Draft | None = self._guarded(self._drafts.of_step, now, load, rows, closing)
+        if draft is not None:
+            plans += self._commit(draft, output)
+        if plans:
+            setattr(output, PLAN_ATTRIBUTE, tuple(plans))
+        return None if draft is None else draft.room
+
+    def _commit(self, draft: Draft, output: SchedulerOutput) -> list[StepPlan]:
+        """All that can fail for a job comes before the first change to `output` for it."""
+        plans = []
+        for run, work, requests in draft.parts:
             try:
-                plan = self._plan_run(run, room, output)
+                plan = run.commit(work, draft.room)
+                fresh = self._get_new_block_ids_to_zero()
             except Exception as error:
                 self._fail(run, error)
                 continue
-            if plan is not None:
-                plans.append(plan)
-            if run.short_of_blocks:
-                room.may_begin = False
-            elif spent == 0.0 or room.spent > spent:  # else others had left it nothing
-                work[run.job_id] = room.spent - spent
-        self._runs.charge(work)
-        if plans:
-            setattr(output, PLAN_ATTRIBUTE, tuple(plans))
-        return room
-
-    def _plan_run(self, run: FinetuneRun, room: Room, output: SchedulerOutput) -> StepPlan | None:
-        if self._feed.is_cancelled(run.job_id):
-            self._end(run, EndRecord(cancelled=True))
-            return None
-        taken = run.plan(room, self._lender, lambda: self._runs.yield_blocks_to(run, self._lender))
-        if taken is None:
-            if room.lacking and (log := self._starvation.get(run.job_id)) is not None:
-                log.postponed(time.monotonic(), run.job.name, room.lacking)
-            return None
-        plan, work = taken
-        self._starvation[run.job_id].progress(time.monotonic())
-        self._append_chunks(output, run, work)
-        return plan
-
-    def _append_chunks(self, output: SchedulerOutput, run: FinetuneRun, work: PlannedWork) -> None:
-        """All that can fail comes before the first change to `output`."""
-        requests = chunk_requests(work, run.lora_id, v2_runner=self.use_v2_model_runner)
-        fresh = self._get_new_block_ids_to_zero()
-        append_chunks(output, work, requests, fresh)
-        self._chunks_in_flight.extend(chunk.req_id for chunk in work.chunks)
+            plans.append(plan)
+            append_chunks(output, work, requests, fresh)
+            self._chunks_in_flight.extend(chunk.req_id for chunk in work.chunks)
+        self._runs.charge(draft.seconds)
+        return plans
 
     def _start(self, prepared: PreparedJob) -> None:
         self._jobs_opened += 1
@@ -361,11 +346,11 @@ class CoServeMixin(_SchedulerBase):
         """The job is over: blocks back, the worker closes it with the next plan."""
         if self._runs.get(run.job_id) is not run:
             return  # it failed while it was ended
+        self._drafts.take_back()
         run.release_all(self._lender)
         self._runs.remove(run)
         self._closing.append(StepPlan(job_id=run.job_id, close_job=True))
         self._feed.report(run.prepared, record)
-        self._starvation.pop(run.job_id, None)
         self._pacer.objectives = self._objectives()
         self._feed.save(self._latency_file, self._pacer.model_state())
 
@@ -373,6 +358,7 @@ class CoServeMixin(_SchedulerBase):
         return Objectives.strictest(self._co_serve.options, [run.job.slo for run in self._runs])
 
     def _release_all(self) -> None:
+        self._drafts.take_back()
         for run in self._runs:
             run.release_all(self._lender)
 
@@ -383,7 +369,9 @@ class CoServeMixin(_SchedulerBase):
         # What running requests may need: a block each, and those that this step's tokens fill.
         most = num_running + self.max_num_scheduled_tokens // self.block_size
         short = num_waiting or self._num_free_blocks() < most * self._num_groups
-        self._reclaim.switch(bool(short and self._lender.num_blocks))
+        if reclaim := bool(short and self._lender.num_blocks):
+            self._drafts.take_back()
+        self._reclaim.switch(reclaim)
 
 
 class CoServeScheduler(CoServeMixin, Scheduler):
