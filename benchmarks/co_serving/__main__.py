@@ -46,9 +46,10 @@ from benchmarks.co_serving.processes import (
 from benchmarks.co_serving.trace import Arrival, read_traces, stretch
 from benchmarks.train import rows_from
 
-LOADS = {"light": 0.25, "heavy": 0.65, "overload": 1.3}  # of the measured capacity
+LOADS = {"light": 0.25, "heavy": 0.5, "overload": 2.0}  # of the measured capacity
+PEAK = 0.65  # of it, the load by which the objectives are set
 PROBES = 12  # requests without load
-BURST = (0.25, 1.3, 0.25)  # of capacity; a third of the time each
+BURST = ("light", "overload", "light")  # a third of the time each
 GRACE_S = 8.0  # after the last arrival; what runs then is cut off
 
 
@@ -170,13 +171,13 @@ class Run:
     def order(load: str, only: systems.System, ours: systems.System) -> list[systems.System]:
         """Who runs when: where the two are compared to a few percent, neither is always first, and
         a machine that becomes slower meanwhile is so for both."""
-        return {"light": [only, ours], "heavy": [ours], "overload": [only, ours, ours, only]}[load]
+        return [only, ours, ours, only] if load == "overload" else [only, ours]
 
     async def burst(self, system: systems.System, capacity: float, slo: Slo) -> dict[str, Any]:
         """A timeline of co-serving: light, overload, light."""
         third, arrivals = self.times.burst / len(BURST), []
-        for i, share in enumerate(BURST):
-            part = stretch(self.trace, share * capacity, third, skip=2000 + 500 * i)
+        for i, load in enumerate(BURST):
+            part = stretch(self.trace, LOADS[load] * capacity, third, skip=2000 + 500 * i)
             arrivals += [
                 Arrival(a.at_s + i * third, a.prompt_tokens, a.output_tokens, a.source)
                 for a in part
@@ -208,8 +209,8 @@ class Run:
         capacity = await calibrate.capacity(self.replay(plain), at_once)
         rates = {load: share * capacity for load, share in LOADS.items()}
         only = systems.inference_only(plain)
-        heavy = await self.under(only, "heavy", rates["heavy"], self.times.main)
-        slo = calibrate.objectives(heavy.answers, heavy.window)
+        peak = await self.under(only, "peak", PEAK * capacity, self.times.main)
+        slo = calibrate.objectives(peak.answers, peak.window)
         print(
             f"trainer alone {alone:.0f} tokens/s (micro-batch {micro_batch}); capacity "
             f"{capacity:.2f} requests/s; objectives {slo.tpot_s * 1e3:.0f} ms a token, "
@@ -228,8 +229,6 @@ class Run:
         results: dict[str, dict[str, Result]] = {}
         for load, rate in rates.items():
             phases: dict[str, list[Phase]] = {only.name: [], ours.name: []}
-            if load == "heavy":  # measured already: it set the objectives
-                phases[only.name].append(heavy)
             for system in self.order(load, only, ours):
                 phases[system.name].append(await self.under(system, load, rate, self.times.main))
             for system in others:

@@ -12,9 +12,9 @@ from benchmarks.co_serving.client import Answer, Replay
 from benchmarks.co_serving.measures import Slo, Window, quantile
 from benchmarks.co_serving.trace import Arrival
 
-# The objectives against what inference alone keeps for 99 % of requests under heavy load. An
-# operator sets them above that, or the server would miss them by itself at every busy minute; half
-# as much again is what is left for anything beside inference.
+# The objectives against what inference alone keeps for 99 % of requests at its peak. An operator
+# sets them above that, or the server would miss them by itself at every busy minute; half as much
+# again is what is left for anything beside inference.
 FACTOR = 1.5
 LEAST_TTFT_S = 1.0  # nobody is held to less for the first token of an answer
 
@@ -46,7 +46,7 @@ async def capacity(replay: Replay, burst: Sequence[Arrival]) -> float:
 
 
 def objectives(answers: Sequence[Answer], window: Window) -> Slo:
-    """From inference alone under heavy load."""
+    """From inference alone at the peak."""
     inside = [a for a in answers if window.start <= a.due < window.stop]
     tpots = [tpot for a in inside if (tpot := a.tpot_s) is not None]
     ttft = quantile([a.ttft_s for a in inside], 0.99)
