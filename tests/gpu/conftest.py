@@ -36,10 +36,12 @@ def on_gpu() -> bool:
 
 @pytest.fixture
 def engine_options() -> dict[str, Any]:
-    """Of `CoServingEngine`. Several engines share the GPU, so vLLM is not to measure its memory."""
+    """Of `CoServingEngine`: compiled and with CUDA graphs. Several engines share the GPU, so vLLM is
+    not to measure its memory."""
     if not ON_GPU:
         return {}
     return {
+        "enforce_eager": False,
         "options": {"experimental_cuda": True, "memory_gib": 1},
         "gpu_memory_utilization": 0.1,
         "kv_cache_memory_bytes": 2**28,
