@@ -36,7 +36,7 @@ def on_gpu() -> bool:
 
 @pytest.fixture
 def engine_options() -> dict[str, Any]:
-    """Of `CoServingEngine`: compiled and with CUDA graphs. Several engines share the GPU, so vLLM is
+    """Of `CoServingEngine`: compiled, with CUDA graphs. Several engines share the GPU, so vLLM is
     not to measure its memory."""
     if not ON_GPU:
         return {}
