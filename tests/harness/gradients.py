@@ -299,6 +299,7 @@ def _disturb(case: Case, measured: Measured) -> OnStep:
     def on_step(engine: CoServingEngine, step: int) -> None:
         run = next(iter(engine.scheduler._runs), None)
         if step in case.drop_blocks_at:
+            engine.scheduler._drafts.take_back()
             in_backward = any(batch.slices_done for batch in run._active)
             while run.release_blocks(engine.scheduler._lender):
                 if in_backward:

@@ -46,7 +46,7 @@ class FakeScheduler:
 
 def append(fake: Any, output: SchedulerOutput, commit: Any = lambda work, room: "plan") -> Any:
     run, work = cast(Any, SimpleNamespace(lora_id=7, commit=commit)), two_chunks()
-    room: Any = None
+    room: Any = SimpleNamespace(spent=0.0)
     requests = chunk_requests(work, 7, v2_runner=False)
     draft = Draft(StepLoad(), room, [Part(run, work, requests)])
     return CoServeMixin._commit(fake, draft, output)

@@ -52,6 +52,7 @@ def job(bench: Any, tmp_path: Path) -> Callable[..., Path]:
             if step % 4 == 1:
                 _send_request(engine, step)
             if step == 6:
+                engine.scheduler._drafts.take_back()
                 (job,) = engine.scheduler._runs
                 job.release_blocks(engine.scheduler._lender)
 

@@ -7,7 +7,6 @@ it is taken back and drawn anew.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,6 +36,7 @@ class Draft:
     room: Room  # and what was taken of it
     parts: list[Part] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by job that had its turn
+    lacking: list[tuple[FinetuneRun, str]] = field(default_factory=list)  # got nothing, and why
 
 
 class Drafts:
@@ -81,6 +81,7 @@ class Drafts:
 
     def draw_ahead(self, now: float, load: StepLoad) -> None:
         """What follows a step with this load; nothing where that cannot be foreseen."""
+        self.take_back()
         foreseen = load.next(self._block_size)
         if foreseen is None or not self._runs or not all(run.foreseeable for run in self._runs):
             return
@@ -126,6 +127,10 @@ class Drafts:
         work = run.draw(draft.room, self._lender, reclaim)
         if work is not None:
             requests = chunk_requests(work, run.lora_id, v2_runner=self._v2_runner)
+            if ahead:
+                run.drawn_ahead = work
+            else:  # in the job's own turn: what follows an update is part of its share
+                run.settle(work, draft.room)
             draft.parts.append(Part(run, work, requests))
-        elif draft.room.lacking and not ahead:
-            run.starvation.postponed(time.monotonic(), run.job.name, draft.room.lacking)
+        elif draft.room.lacking:
+            draft.lacking.append((run, draft.room.lacking))

@@ -120,12 +120,15 @@ class Pacer:
 
     def holds(self, now: float, load: StepLoad, foreseen: StepLoad, room: Room) -> bool:
         """Whether what was taken of `room`, in a step with the load `foreseen`, may be done in this
-        one."""
+        one. No more than this one leaves may then be taken."""
         self._growth.update(now, load.num_requests)
         if not foreseen.covers(load):
             return False
         start = self._start(now)
-        return room.budget.bound + room.spent <= self.tokens.due(start) - start
+        left = self.tokens.due(start) - start - room.budget.bound - room.spent
+        room.seconds = min(room.seconds, max(0.0, left))
+        share = self._objectives.min_share
+        return left >= 0.0 or room.spent * (1.0 - share) <= share * room.budget.predicted
 
     def _prices(self, budget: Budget) -> tuple[Sequence[float], StepEstimate | None]:
         """What work is charged at in a step, and the estimate of the whole step if that is less."""

@@ -260,6 +260,7 @@ class PlannedWork:
     optimizer_step: OptimizerStep | None = None
     save: SaveRequest | None = None
     refused_blocks: bool = False
+    settled: bool = False  # what follows its update is planned
 
     @property
     def empty(self) -> bool:

@@ -50,6 +50,7 @@ class FinetuneRun:
         )
         self.short_of_blocks = False  # and had nothing else to do in its last turn
         self.starvation = StarvationLog()
+        self.drawn_ahead: PlannedWork | None = None  # counts as done, and was not sent
         self.waiting_for_writer = False  # all is planned; only the final adapter is awaited
         self._opened = self._open_sent = False
         self._chunks_flow = 0  # chunks of the last plan: for as many blocks are borrowed ahead
@@ -116,9 +117,9 @@ class FinetuneRun:
 
     def commit(self, work: PlannedWork, room: Room) -> StepPlan:
         """The step that `work` was drawn for is sent."""
+        self.drawn_ahead = None
         self.starvation.progress(time.monotonic())
-        if work.optimizer_step is not None:
-            self._updated(work, room)
+        self.settle(work, room)
         return StepPlan(
             job_id=self.job_id,
             open_job=work.open_job,
@@ -130,9 +131,16 @@ class FinetuneRun:
             wait_for_writer=self.waiting_for_writer and room.idle and room.sole_job,
         )
 
+    def settle(self, work: PlannedWork, room: Room) -> None:
+        """Plan what follows the update in `work`, if any; it cannot be taken back then."""
+        if work.optimizer_step is not None and not work.settled:
+            work.settled = True
+            self._updated(work, room)
+
     def take_back(self, work: PlannedWork) -> None:
         """The step that `work` was drawn for does not come. Of one that was `foreseeable`, and
         before any blocks are released."""
+        self.drawn_ahead = None
         for slices in reversed(work.backward):
             batch = next(b for b in (*self._retired, *self._active) if b.id == slices.micro_batch)
             if batch.finished:
@@ -166,6 +174,7 @@ class FinetuneRun:
     def release_blocks(self, lender: KVLender) -> bool:
         """Inference needs memory: what was borrowed ahead goes back, and then the youngest
         micro-batch with blocks gives them up."""
+        assert self.drawn_ahead is None, "its keys and values would never be computed"
         self._chunks_flow = 0
         if any(batch.release_unused(lender) for batch in self._active):
             return True

@@ -283,15 +283,20 @@ class CoServeMixin(_SchedulerBase):
 
     def _commit(self, draft: Draft, output: SchedulerOutput) -> list[StepPlan]:
         """All that can fail for a job comes before the first change to `output` for it."""
-        plans = []
+        plans, room = [], draft.room
+        for run, reason in draft.lacking:
+            run.starvation.postponed(time.monotonic(), run.job.name, reason)
         for run, work, requests in draft.parts:
+            spent = room.spent
             try:
-                plan = run.commit(work, draft.room)
+                plan = run.commit(work, room)
                 fresh = self._get_new_block_ids_to_zero()
             except Exception as error:
                 self._fail(run, error)
                 continue
             plans.append(plan)
+            if room.spent > spent:
+                draft.seconds[run.job_id] = draft.seconds.get(run.job_id, 0.0) + room.spent - spent
             append_chunks(output, work, requests, fresh)
             self._chunks_in_flight.extend(chunk.req_id for chunk in work.chunks)
         self._runs.charge(draft.seconds)
