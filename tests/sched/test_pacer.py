@@ -248,3 +248,24 @@ def test_what_was_drawn_ahead_does_not_hold_when_it_would_make_a_token_late(lear
     assert learnt.pacer.holds(now, foreseen, foreseen, room)
     late = now + 0.5 * TPOT_S  # the step before was long
     assert not learnt.pacer.holds(late, foreseen, foreseen, room)
+
+
+def test_what_a_later_step_leaves_less_of_is_not_taken_after_all(learnt: Server):
+    now, foreseen = learnt.now, StepLoad(decode_rows=1, context=16, num_requests=1)
+    learnt.pacer.tokens.first_token("a", now)
+    room = learnt.pacer.room_ahead(now, foreseen, tokens=2048, rows=8)
+    room.take_chunk(0, 16)
+    left = room.seconds
+    late = 0.5 * left
+    assert learnt.pacer.holds(now + late, foreseen, foreseen, room)
+    assert room.seconds == pytest.approx(left - late, abs=0.1 * left)
+
+
+def test_what_min_share_gives_holds_although_a_token_is_late():
+    server = new()
+    server.pacer.objectives = Objectives(TPOT_S, min_share=0.5)
+    for _ in range(200):
+        server.step(STEADY)
+    server.pacer.tokens.first_token("a", server.now - 7 * TPOT_S)
+    room = drawn_ahead(server, STEADY)
+    assert server.pacer.holds(server.now, STEADY, STEADY, room)

@@ -127,8 +127,11 @@ class Pacer:
         start = self._start(now)
         left = self.tokens.due(start) - start - room.budget.bound - room.spent
         room.seconds = min(room.seconds, max(0.0, left))
-        share = self._objectives.min_share
-        return left >= 0.0 or room.spent * (1.0 - share) <= share * room.budget.predicted
+        if left >= 0.0:
+            return True
+        share = self._objectives.min_share  # is had in any case
+        floor = room.budget.predicted * share / (1.0 - share)
+        return share > 0.0 and room.spent <= max(floor, self._share_credit)
 
     def _prices(self, budget: Budget) -> tuple[Sequence[float], StepEstimate | None]:
         """What work is charged at in a step, and the estimate of the whole step if that is less."""
