@@ -352,6 +352,7 @@ class CoServeMixin(_SchedulerBase):
         if self._runs.get(run.job_id) is not run:
             return  # it failed while it was ended
         self._drafts.take_back()
+        run.drawn_ahead = None  # even if taking it back is what failed
         run.release_all(self._lender)
         self._runs.remove(run)
         self._closing.append(StepPlan(job_id=run.job_id, close_job=True))
